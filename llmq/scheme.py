@@ -1,0 +1,170 @@
+"""The number format: integers in groups that share a scale and a zero point.
+
+    W[n, k]  ~=  (codes[n, k] - zero[n, k // G]) * scale[n, k // G]
+
+N = output features, K = input features, G = group size along K. Nothing in this file knows an
+algorithm, a file layout or a device; everything else in llmq passes `QuantizedWeight` around.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmq.errors import SchemeError
+
+BITS = (2, 3, 4, 8)
+GROUP_SIZES = (32, 64, 128, -1)
+
+
+@dataclass(frozen=True)
+class QuantScheme:
+    """How one weight matrix is stored.
+
+    Args:
+        bits: 2, 3, 4 or 8 bits per code.
+        group_size: weights along the input dimension that share one scale: 32, 64, 128, or
+            -1 for one group per row.
+        symmetric: the zero point is fixed at 2**(bits - 1) and not stored.
+
+    Raises:
+        SchemeError: any other value.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise SchemeError(f"bits={self.bits}: use one of {', '.join(map(str, BITS))}.")
+        if self.group_size not in GROUP_SIZES:
+            raise SchemeError(
+                f"group_size={self.group_size}: use one of {', '.join(map(str, GROUP_SIZES))} "
+                "(-1 = one group per row)."
+            )
+
+    @property
+    def qmax(self) -> int:
+        """Largest code."""
+        return 2**self.bits - 1
+
+    @property
+    def middle(self) -> int:
+        """The zero point of a symmetric scheme."""
+        return 2 ** (self.bits - 1)
+
+    def group_width(self, in_features: int) -> int:
+        """Weights per group in a row of `in_features` weights."""
+        return in_features if self.group_size == -1 else self.group_size
+
+    def divides(self, in_features: int) -> bool:
+        """Whether a row of `in_features` weights splits into whole groups."""
+        return in_features % self.group_width(in_features) == 0
+
+    def bits_per_weight(self, in_features: int, scale_bits: int = 16) -> float:
+        """Stored bits per weight, scales and zero points included."""
+        overhead = scale_bits + (0 if self.symmetric else self.bits)
+        return self.bits + overhead / self.group_width(in_features)
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """One quantized matrix, unpacked: the value that solvers return and formats write.
+
+    Attributes:
+        scheme: the number format.
+        codes: uint8 (N, K), values 0..scheme.qmax.
+        scale: (N, K/G) in the dtype in which it is stored (bf16, fp16 or fp32), positive.
+        zero: uint8 (N, K/G), values 0..scheme.qmax.
+    """
+
+    scheme: QuantScheme
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)"""
+        return self.codes.shape[0], self.codes.shape[1]
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The matrix (N, K) these codes stand for, in `dtype` (default: the scale's).
+
+        The product is taken in the scale's dtype, as every loader of such checkpoints does.
+        """
+        codes = self.codes.unflatten(1, (self.scale.shape[1], -1))  # (N, K/G, G)
+        centred = codes.to(torch.int16) - self.zero.unsqueeze(-1)
+        weight = centred.to(self.scale.dtype) * self.scale.unsqueeze(-1)
+        return weight.flatten(1).to(dtype or self.scale.dtype)
+
+
+def grouped(W: Tensor, scheme: QuantScheme) -> Tensor:
+    """View a matrix (N, K) as its groups (N, K/G, G).
+
+    Raises:
+        SchemeError: the group size does not divide K.
+    """
+    K = W.shape[1]
+    if not scheme.divides(K):
+        raise SchemeError(f"in_features={K} is not divisible by group_size={scheme.group_size}.")
+    return W.unflatten(1, (-1, scheme.group_width(K)))
+
+
+def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round float32 scales to the dtype they are stored in, as float32, never zero or infinite.
+
+    Codes must be chosen against this value, not against the unrounded one.
+    """
+    limits = torch.finfo(dtype)
+    # The smallest normal number, not the smallest subnormal: engines may flush those to zero.
+    return scale.to(torch.float32).clamp(limits.tiny, limits.max).to(dtype).to(torch.float32)
+
+
+def minmax_grid(groups: Tensor, scheme: QuantScheme, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The grid that just covers every group.
+
+    Args:
+        groups: float32 (..., G).
+        scheme: the number format.
+        dtype: the dtype in which scales will be stored.
+
+    Returns:
+        scale and zero, float32 (...); the scale is already rounded to `dtype`.
+    """
+    low = groups.amin(-1).clamp(max=0)
+    high = groups.amax(-1).clamp(min=0)
+    if scheme.symmetric:
+        scale = stored(torch.maximum(-low, high) * (2 / scheme.qmax), dtype)
+        return scale, torch.full_like(scale, scheme.middle)
+    scale = stored((high - low) / scheme.qmax, dtype)
+    return scale, (-low / scale).round_().clamp_(0, scheme.qmax)
+
+
+def encode(groups: Tensor, scale: Tensor, zero: Tensor, qmax: int) -> Tensor:
+    """Nearest codes, float32 (..., G), of `groups` (..., G) on the grid `scale`, `zero` (...)."""
+    return groups.div(scale.unsqueeze(-1)).round_().add_(zero.unsqueeze(-1)).clamp_(0, qmax)
+
+
+def decode(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """The weights (..., G) that float32 `codes` (..., G) stand for on `scale`, `zero` (...)."""
+    return codes.sub(zero.unsqueeze(-1)).mul_(scale.unsqueeze(-1))
+
+
+def round_to_grid(
+    W: Tensor, scale: Tensor, zero: Tensor, scheme: QuantScheme, dtype: torch.dtype
+) -> QuantizedWeight:
+    """Round every weight of W (N, K) to the nearest point of the given grid.
+
+    Args:
+        W: float32 (N, K).
+        scale: float32 (N, K/G), already rounded to `dtype` (see `stored`).
+        zero: float32 or uint8 (N, K/G).
+        scheme: the number format.
+        dtype: the dtype in which the scales are stored.
+    """
+    codes = encode(grouped(W.float(), scheme), scale, zero.float(), scheme.qmax)
+    return QuantizedWeight(scheme, codes.flatten(1).byte(), scale.to(dtype), zero.byte())
