@@ -92,9 +92,7 @@ def replaced(blocks: nn.ModuleList, stand_ins: Sequence[nn.Module]) -> Iterator[
 
 
 @torch.no_grad()
-def record_calls(
-    model: nn.Module, blocks: nn.ModuleList, batches: Sequence[Tensor]
-) -> Recording:
+def record_calls(model: nn.Module, blocks: nn.ModuleList, batches: Sequence[Tensor]) -> Recording:
     """Run the model on `batches` (int64 (B, T) each) without computing any of its blocks."""
     calls: list[list[Call]] = [[] for _ in blocks]
     hidden: list[Tensor] = []

@@ -1,13 +1,13 @@
 """Every failure a user can cause, one line each: where, what, what to do.
 
-    LlmqError                      the CLI prints it as one line and exits with status 1
-    |-- SourceError                model path, config, tokenizer or weights cannot be used
-    |   `-- NonFiniteError         a weight or an activation is NaN or infinite (names it)
-    |-- SchemeError                bits, group size or symmetry that cannot hold this layer
-    |-- CalibrationError           text that is missing, empty or too short
-    |-- OutputError                the output folder exists, is not empty, or cannot be written
-    |-- FormatError                a checkpoint on disk that is not what it claims to be
-    `-- BackendError               a backend named by the user cannot run this layer (`why_not`)
+LlmqError                      the CLI prints it as one line and exits with status 1
+|-- SourceError                model path, config, tokenizer or weights cannot be used
+|   `-- NonFiniteError         a weight or an activation is NaN or infinite (names it)
+|-- SchemeError                bits, group size or symmetry that cannot hold this layer
+|-- CalibrationError           text that is missing, empty or too short
+|-- OutputError                the output folder exists, is not empty, or cannot be written
+|-- FormatError                a checkpoint on disk that is not what it claims to be
+`-- BackendError               a backend named by the user cannot run this layer (`why_not`)
 """
 
 

@@ -114,14 +114,15 @@ def grouped(W: Tensor, scheme: QuantScheme) -> Tensor:
     return W.unflatten(1, (-1, scheme.group_width(K)))
 
 
-def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round float32 scales to the dtype they are stored in, as float32, never zero or infinite.
+def stored(scale: Tensor, dtype: torch.dtype, qmax: int) -> Tensor:
+    """Round float32 scales to the dtype they are stored in, as float32.
 
-    Codes must be chosen against this value, not against the unrounded one.
+    Codes must be chosen against this value, not against the unrounded one. The result is never
+    zero, and small enough for the largest code times it to be finite in `dtype`.
     """
     limits = torch.finfo(dtype)
     # The smallest normal number, not the smallest subnormal: engines may flush those to zero.
-    return scale.to(torch.float32).clamp(limits.tiny, limits.max).to(dtype).to(torch.float32)
+    return scale.float().clamp(limits.tiny, limits.max / (qmax + 1)).to(dtype).float()
 
 
 def minmax_grid(groups: Tensor, scheme: QuantScheme, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -138,9 +139,9 @@ def minmax_grid(groups: Tensor, scheme: QuantScheme, dtype: torch.dtype) -> tupl
     low = groups.amin(-1).clamp(max=0)
     high = groups.amax(-1).clamp(min=0)
     if scheme.symmetric:
-        scale = stored(torch.maximum(-low, high) * (2 / scheme.qmax), dtype)
+        scale = stored(torch.maximum(-low, high) * (2 / scheme.qmax), dtype, scheme.qmax)
         return scale, torch.full_like(scale, scheme.middle)
-    scale = stored((high - low) / scheme.qmax, dtype)
+    scale = stored((high - low) / scheme.qmax, dtype, scheme.qmax)
     return scale, (-low / scale).round_().clamp_(0, scheme.qmax)
 
 

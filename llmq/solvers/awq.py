@@ -54,7 +54,9 @@ class AWQ:
             probe: a few tokens of input, to prove the pairs with.
         """
         pairs = [
-            pair for pair in proven_pairs(work, *probe) if not schemes.keys().isdisjoint(pair.readers)
+            pair
+            for pair in proven_pairs(work, *probe)
+            if not schemes.keys().isdisjoint(pair.readers)
         ]
         moments = _moments(work, pairs, hidden, calls)
         target = run_block(work, hidden[-1], calls[-1])

@@ -46,8 +46,7 @@ class GPTQ:
 
     def solve(self, W: Tensor, H: Tensor, scheme: QuantScheme) -> QuantizedWeight:
         """See `solvers.Solver.solve`."""
-        N, K = W.shape
-        width = scheme.group_width(K)
+        width = scheme.group_width(W.shape[1])
         H = alive(H)
         order = column_order(H.diagonal(), width, self.order)
         U = inverse_factor(H[order][:, order], self.damp)

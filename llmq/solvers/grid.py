@@ -14,10 +14,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from llmq.scheme import QuantScheme, decode, encode, minmax_grid, stored
+from llmq.scheme import QuantScheme, minmax_grid, stored
 
 RATIOS = tuple(0.35 + 0.65 * (i + 0.5) / 14 for i in range(14))
 REFITS = 3
+AT_ONCE = 2**20  # weights times candidates evaluated together: what caches hold
 
 Apply = Callable[[Tensor], Tensor]  # delta (..., G) -> delta M (..., G)
 
@@ -30,12 +31,11 @@ def by_column(weights: Tensor) -> Apply:
 def by_block(H: Tensor, width: int) -> Apply:
     """Error measure delta H_gg delta^T with the diagonal blocks of H (K, K), groups of `width`.
 
-    Expects groups shaped (N, K/G, G).
+    Expects groups shaped (..., K/G, G).
     """
-    K = H.shape[0]
-    count = K // width
+    count = len(H) // width
     blocks = H.reshape(count, width, count, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    return lambda delta: torch.einsum("ngi,gij->ngj", delta, blocks)
+    return lambda delta: torch.einsum("...gi,gij->...gj", delta, blocks)
 
 
 def search_grid(
@@ -52,66 +52,67 @@ def search_grid(
     Returns:
         scale and zero, float32 (...), scale rounded to `dtype`.
     """
-    scale, zero = minmax_grid(groups, scheme, dtype)
-    error = _error(groups, scale, zero, scheme, apply)
-    for trial_scale, trial_zero in _candidates(groups, scheme, dtype):
-        scale, zero, error = _keep_better(
-            groups, scheme, apply, (scale, zero, error), (trial_scale, trial_zero)
-        )
+    scales, zeros = _candidates(groups, scheme, dtype)  # (C, ...)
+    step = max(1, AT_ONCE // groups.numel())
+    errors = torch.cat(
+        [
+            _error(groups, scales[i : i + step], zeros[i : i + step], scheme, apply)
+            for i in range(0, len(scales), step)
+        ]
+    )
+    best = errors.argmin(0, keepdim=True)
+    scale, zero, error = (t.gather(0, best)[0] for t in (scales, zeros, errors))
     for _ in range(REFITS):
         refit = _least_squares_scale(groups, scale, zero, scheme, apply)
-        trial = (stored(torch.where(refit > 0, refit, scale), dtype), zero)
-        scale, zero, error = _keep_better(groups, scheme, apply, (scale, zero, error), trial)
+        trial = stored(torch.where(refit > 0, refit, scale), dtype, scheme.qmax)
+        trial_error = _error(groups, trial, zero, scheme, apply)
+        better = trial_error < error
+        scale = torch.where(better, trial, scale)
+        error = torch.where(better, trial_error, error)
     return scale, zero
 
 
-def _candidates(groups: Tensor, scheme: QuantScheme, dtype: torch.dtype):  # noqa: ANN202
+def _candidates(groups: Tensor, scheme: QuantScheme, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scales and zeros (C, ...) to try; the first is the min-max grid."""
     low = groups.amin(-1).clamp(max=0)
     high = groups.amax(-1).clamp(min=0)
+    ratios = groups.new_tensor(RATIOS).view(-1, *[1] * low.ndim)
+    covering, middle = minmax_grid(groups, scheme, dtype)
     if scheme.symmetric:
-        largest = torch.maximum(-low, high)
-        middle = torch.full_like(low, scheme.middle)
         # Codes reach one step further down than up; let the grid end at either end of the range.
         reach = torch.where(-low >= high, scheme.middle, scheme.middle - 1)
-        for ratio in RATIOS:
-            yield stored(largest * (2 * ratio / scheme.qmax), dtype), middle
-        for ratio in RATIOS[::-2]:
-            yield stored(largest * ratio / reach, dtype), middle
-        return
-    for ratio in RATIOS:
-        scale = stored((high - low) * (ratio / scheme.qmax), dtype)
-        zero = (-low * ratio / scale).round_()
-        for shift in (-1, 0, 1):
-            yield scale, (zero + shift).clamp_(0, scheme.qmax)
+        largest = torch.maximum(-low, high)
+        shrunk = stored(largest * ratios * (2 / scheme.qmax), dtype, scheme.qmax)
+        one_sided = stored(largest * ratios[::2] / reach, dtype, scheme.qmax)
+        scales = torch.cat([covering[None], shrunk, one_sided])
+        return scales, middle.expand_as(scales)
+    shrunk = stored((high - low) * ratios / scheme.qmax, dtype, scheme.qmax)
+    zeros = (-low * ratios / shrunk).round_()
+    shifted = [(zeros + shift).clamp_(0, scheme.qmax) for shift in (-1, 0, 1)]
+    return torch.cat([covering[None], *[shrunk] * 3]), torch.cat([middle[None], *shifted])
 
 
 def _error(
     groups: Tensor, scale: Tensor, zero: Tensor, scheme: QuantScheme, apply: Apply
 ) -> Tensor:
-    delta = decode(encode(groups, scale, zero, scheme.qmax), scale, zero).sub_(groups)
-    return apply(delta).mul_(delta).sum(-1)
+    """Error (...) of every group on the grid `scale`, `zero` (...), or for C grids at once."""
+    delta, _ = _steps(groups, scale, zero, scheme)
+    return apply(delta).mul_(delta).sum(-1).mul_(scale.square())
 
 
-def _keep_better(
-    groups: Tensor,
-    scheme: QuantScheme,
-    apply: Apply,
-    best: tuple[Tensor, Tensor, Tensor],
-    trial: tuple[Tensor, Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
-    scale, zero, error = best
-    trial_error = _error(groups, *trial, scheme, apply)
-    better = trial_error < error
-    return (
-        torch.where(better, trial[0], scale),
-        torch.where(better, trial[1], zero),
-        torch.where(better, trial_error, error),
-    )
+def _steps(
+    groups: Tensor, scale: Tensor, zero: Tensor, scheme: QuantScheme
+) -> tuple[Tensor, Tensor]:
+    """Rounding error in steps of the grid, and the centred codes, both (..., G)."""
+    exact = groups / scale.unsqueeze(-1)
+    lowest = -zero.unsqueeze(-1)
+    codes = exact.round().clamp_(lowest, lowest + scheme.qmax)
+    return exact.sub_(codes), codes
 
 
 def _least_squares_scale(
     groups: Tensor, scale: Tensor, zero: Tensor, scheme: QuantScheme, apply: Apply
 ) -> Tensor:
-    steps = encode(groups, scale, zero, scheme.qmax).sub_(zero.unsqueeze(-1))
-    weighted = apply(steps)
-    return (weighted * groups).sum(-1) / (weighted * steps).sum(-1)
+    _, codes = _steps(groups, scale, zero, scheme)
+    weighted = apply(codes)
+    return (weighted * groups).sum(-1) / (weighted * codes).sum(-1)
