@@ -1,0 +1,305 @@
+"""compressed-tensors `pack-quantized`: the default layout on disk, and the run-time layout of `nn`.
+
+Per matrix (N, K) in groups of G, under the name of its module:
+
+    weight_packed      int32 (N, ceil(K * bits / 32))    codes, packed along K
+    weight_scale       bf16 | fp16 | fp32 (N, K/G)
+    weight_zero_point  int32 (ceil(N * bits / 32), K/G)  zeros, packed along N; asymmetric only
+    weight_shape       int64 (2,)                        N, K
+
+Packing is one dense little-endian bit stream: code i occupies bits [i * bits, (i + 1) * bits),
+whatever word they fall into; only 3-bit codes ever straddle two words.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmq.errors import FormatError, SchemeError
+from llmq.scheme import QuantizedWeight, QuantScheme
+
+METHOD = "compressed-tensors"
+FORMAT = "pack-quantized"
+SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+
+
+def words(count: int, bits: int) -> int:
+    """int32 words that hold `count` codes of `bits` bits."""
+    return -(-count * bits // 32)
+
+
+def _period(bits: int) -> tuple[int, int]:
+    """(codes, words) after which the bit positions repeat: (8, 1) for 4 bits, (32, 3) for 3."""
+    common = math.gcd(bits, 32)
+    return 32 // common, bits // common
+
+
+def pack_bits(codes: Tensor, bits: int, dim: int = -1) -> Tensor:
+    """Pack unsigned codes along `dim` into a dense little-endian stream of int32 words.
+
+    Args:
+        codes: integer tensor, values 0..2**bits - 1.
+        bits: 2, 3, 4 or 8.
+        dim: the dimension to pack; its size n becomes ceil(n * bits / 32).
+
+    Returns:
+        int32, contiguous.
+    """
+    codes = codes.movedim(dim, -1)
+    count = codes.shape[-1]
+    per_codes, per_words = _period(bits)
+    padded = torch.nn.functional.pad(codes, (0, -count % per_codes))
+    blocks = padded.unflatten(-1, (-1, per_codes))  # (..., n/P, P)
+    packed = torch.zeros(*blocks.shape[:-1], per_words, dtype=torch.int32, device=codes.device)
+    for i in range(per_codes):
+        word, offset = divmod(i * bits, 32)
+        code = blocks[..., i].to(torch.int32)
+        packed[..., word] |= code << offset
+        if offset + bits > 32:
+            packed[..., word + 1] |= code >> (32 - offset)
+    return packed.flatten(-2)[..., : words(count, bits)].movedim(-1, dim).contiguous()
+
+
+def unpack_bits(packed: Tensor, bits: int, size: int, dim: int = -1) -> Tensor:
+    """Undo `pack_bits`.
+
+    Args:
+        packed: int32.
+        bits: 2, 3, 4 or 8.
+        size: the number of codes along `dim`.
+        dim: the packed dimension.
+
+    Returns:
+        uint8, contiguous, `size` codes along `dim`.
+    """
+    packed = packed.movedim(dim, -1)
+    per_codes, per_words = _period(bits)
+    padded = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % per_words))
+    blocks = padded.unflatten(-1, (-1, per_words))  # (..., n/P, W)
+    codes = torch.empty(*blocks.shape[:-1], per_codes, dtype=torch.uint8, device=packed.device)
+    for i in range(per_codes):
+        word, offset = divmod(i * bits, 32)
+        low = min(bits, 32 - offset)
+        code = (blocks[..., word] >> offset) & (2**low - 1)  # the mask also drops the sign
+        if low < bits:
+            code |= (blocks[..., word + 1] & (2 ** (bits - low) - 1)) << low
+        codes[..., i] = code
+    return codes.flatten(-2)[..., :size].movedim(-1, dim).contiguous()
+
+
+def write(name: str, q: QuantizedWeight) -> dict[str, Tensor]:
+    """The tensors of the module `name` ("" for bare keys), as they go into the file."""
+    prefix = f"{name}." if name else ""
+    bits = q.scheme.bits
+    tensors = {
+        f"{prefix}weight_packed": pack_bits(q.codes, bits),
+        f"{prefix}weight_scale": q.scale.contiguous(),
+        f"{prefix}weight_shape": torch.tensor(q.shape, dtype=torch.int64),
+    }
+    if not q.scheme.symmetric:
+        tensors[f"{prefix}weight_zero_point"] = pack_bits(q.zero, bits, dim=0)
+    return tensors
+
+
+def read(name: str, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedWeight:
+    """Undo `write`.
+
+    Args:
+        name: the module's name ("" for bare keys).
+        tensors: a mapping that holds at least this module's tensors.
+        scheme: what config.json says about this module.
+
+    Raises:
+        FormatError: a tensor is missing or its shape or dtype contradicts the others.
+    """
+    prefix = f"{name}." if name else ""
+    where = name or "weight"
+
+    def get(suffix: str) -> Tensor:
+        if f"{prefix}{suffix}" not in tensors:
+            raise FormatError(f"{prefix}{suffix} is missing: the checkpoint is incomplete.")
+        return tensors[f"{prefix}{suffix}"]
+
+    def expect(suffix: str, shape: tuple[int, int]) -> Tensor:
+        found = get(suffix)
+        integer = suffix != "weight_scale"
+        if tuple(found.shape) != shape or (found.dtype is torch.int32) != integer:
+            raise FormatError(
+                f"{prefix}{suffix} is {found.dtype} {tuple(found.shape)}, expected "
+                f"{'int32' if integer else 'floating point'} {shape} for {scheme}."
+            )
+        return found
+
+    N, K = (int(size) for size in get("weight_shape").tolist())
+    if not scheme.divides(K):
+        raise FormatError(
+            f"{where}: in_features={K} is not divisible by group_size={scheme.group_size}."
+        )
+    groups = K // scheme.group_width(K)
+    packed = expect("weight_packed", (N, words(K, scheme.bits)))
+    scale = expect("weight_scale", (N, groups))
+    zero = (
+        None if scheme.symmetric else expect("weight_zero_point", (words(N, scheme.bits), groups))
+    )
+    return unpack(scheme, (N, K), packed, scale, zero)
+
+
+def unpack(
+    scheme: QuantScheme,
+    shape: tuple[int, int],
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+) -> QuantizedWeight:
+    """The value behind tensors already known to fit `scheme` and `shape` (N, K)."""
+    N, K = shape
+    codes = unpack_bits(packed, scheme.bits, K)
+    if zero_point is None:
+        zero = torch.full_like(scale, scheme.middle, dtype=torch.uint8)
+    else:
+        zero = unpack_bits(zero_point, scheme.bits, N, dim=0)
+    return QuantizedWeight(scheme, codes, scale, zero)
+
+
+def config(groups: Mapping[QuantScheme, Sequence[str]], ignore: Sequence[str]) -> dict[str, Any]:
+    """The `quantization_config` of config.json.
+
+    Args:
+        groups: scheme -> its targets: "Linear" (every Linear), exact module names, or "re:" and
+            a regular expression that must match from the start of the module's name.
+        ignore: modules in full precision, written the same way.
+    """
+    return {
+        "quant_method": METHOD,
+        "format": FORMAT,
+        "quantization_status": "compressed",
+        "config_groups": {
+            f"group_{i}": {
+                "targets": list(targets),
+                "weights": _weights(scheme),
+                "input_activations": None,
+                "output_activations": None,
+                "format": FORMAT,
+            }
+            for i, (scheme, targets) in enumerate(groups.items())
+        },
+        "ignore": list(ignore),
+        "kv_cache_scheme": None,
+    }
+
+
+def _weights(scheme: QuantScheme) -> dict[str, Any]:
+    per_row = scheme.group_size == -1
+    return {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": scheme.symmetric,
+        "strategy": "channel" if per_row else "group",
+        "group_size": None if per_row else scheme.group_size,
+        "dynamic": False,
+    }
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What a checkpoint's `quantization_config` says, reduced to what llmq needs.
+
+    Attributes:
+        groups: (scheme, targets) in the file's order.
+        ignore: exact names, "re:..." patterns or class names kept in full precision.
+    """
+
+    groups: tuple[tuple[QuantScheme, tuple[str, ...]], ...]
+    ignore: tuple[str, ...]
+
+    def scheme_for(self, name: str, kind: str = "Linear") -> QuantScheme | None:
+        """The scheme of the module `name` of class `kind`; None = full precision.
+
+        An exact name beats a pattern, and a pattern beats the class name.
+        """
+        if any(_names(entry, name) or entry == kind for entry in self.ignore):
+            return None
+        targets = [(target, scheme) for scheme, names in self.groups for target in names]
+        for matches in (
+            lambda target: target == name,
+            lambda target: _names(target, name),
+            lambda target: target == kind,
+        ):
+            for target, scheme in targets:
+                if matches(target):
+                    return scheme
+        return None
+
+
+def _names(entry: str, name: str) -> bool:
+    if entry.startswith("re:"):
+        return re.match(entry[3:], name) is not None
+    return entry == name
+
+
+def parse_config(quantization_config: Mapping[str, Any]) -> CheckpointConfig:
+    """Read a `quantization_config` written by us or by any other tool.
+
+    Raises:
+        FormatError: it is not integer, weight-only and pack-quantized in a width and group size
+            that `QuantScheme` can hold.
+    """
+    method = quantization_config.get("quant_method")
+    if method != METHOD:
+        raise FormatError(f"quant_method={method!r}: only {METHOD!r} checkpoints can be read.")
+    for key in ("kv_cache_scheme", "transform_config"):
+        if quantization_config.get(key):
+            raise FormatError(f"quantization_config.{key} is set: only weights may be quantized.")
+    sparsity = quantization_config.get("sparsity_config") or {}
+    if sparsity.get("format", "dense") != "dense":
+        raise FormatError(f"sparsity_config.format={sparsity['format']!r} is not supported.")
+    groups = quantization_config.get("config_groups") or {}
+    if not groups:
+        raise FormatError("quantization_config.config_groups is empty: nothing is quantized.")
+    default = quantization_config.get("format")
+    return CheckpointConfig(
+        tuple(_parse_group(name, group, default) for name, group in groups.items()),
+        tuple(quantization_config.get("ignore") or ()),
+    )
+
+
+def _parse_group(name: str, group: Any, default: str | None) -> tuple[QuantScheme, tuple[str, ...]]:
+    """One entry of config_groups."""
+
+    def refuse(reason: str) -> FormatError:
+        return FormatError(
+            f"config_groups.{name}: {reason}. llmq reads integer weight-only {FORMAT} checkpoints."
+        )
+
+    if not isinstance(group, Mapping):
+        raise refuse("a named preset instead of a scheme")
+    weights = group.get("weights") or {}
+    if (found := group.get("format") or default) != FORMAT:
+        raise refuse(f"format={found!r}")
+    if group.get("input_activations") or group.get("output_activations"):
+        raise refuse("activations are quantized")
+    if weights.get("type", "int") != "int" or weights.get("dynamic"):
+        raise refuse(f"type={weights.get('type')!r}, dynamic={weights.get('dynamic')!r}")
+    if weights.get("actorder") not in (None, False, "static", "weight"):
+        raise refuse(f"actorder={weights['actorder']!r} needs an input permutation")
+    strategy, group_size = weights.get("strategy"), weights.get("group_size")
+    if strategy is None:
+        strategy = "channel" if group_size in (None, -1) else "group"
+    if strategy not in ("group", "channel"):
+        raise refuse(f"strategy={strategy!r}")
+    try:
+        scheme = QuantScheme(
+            bits=weights.get("num_bits", 0),
+            group_size=-1 if strategy == "channel" else group_size or 0,
+            symmetric=weights.get("symmetric", True),
+        )
+    except SchemeError as error:
+        raise refuse(str(error).rstrip(".")) from error
+    return scheme, tuple(group.get("targets") or ())

@@ -1,0 +1,314 @@
+"""Modules that keep their weights packed.
+
+    PackedLinear    in place of nn.Linear (or transformers' Conv1D)
+    PackedExperts   in place of a module that stacks its experts in 3-D parameters
+
+Parameters have the names and the layout of the file (`formats.compressed_tensors`), so loading
+copies bytes. They are frozen Parameters, not buffers, because that is what `device_map` can
+offload. `prepare` chooses a backend; before that, `forward` is the plain torch reference.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from llmq import backends
+from llmq.errors import SchemeError
+from llmq.formats import compressed_tensors
+from llmq.formats.compressed_tensors import words
+from llmq.scheme import QuantizedWeight, QuantScheme
+
+STACKS: tuple[Literal["gate_up_proj", "down_proj"], ...] = ("gate_up_proj", "down_proj")
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weight stays quantized.
+
+    Args:
+        scheme: the number format.
+        in_features: K.
+        out_features: N.
+        bias: whether there is a bias (N,).
+        dtype: of the scales and the bias.
+        device: where the (uninitialised) tensors live; "meta" for a loader to fill.
+
+    Raises:
+        SchemeError: the group size does not divide `in_features`.
+    """
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor | None
+    bias: Tensor | None
+    prepared: tuple[Tensor, ...]
+
+    def __init__(
+        self,
+        scheme: QuantScheme,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if not scheme.divides(in_features):
+            raise SchemeError(
+                f"in_features={in_features} is not divisible by group_size={scheme.group_size}."
+            )
+        self.scheme = scheme
+        self.in_features = in_features
+        self.out_features = out_features
+        K, N = in_features, out_features
+        groups = K // scheme.group_width(K)
+
+        def empty(*shape: int, dtype: torch.dtype = torch.int32) -> nn.Parameter:
+            return _frozen(torch.empty(shape, dtype=dtype, device=device))
+
+        self.weight_packed = empty(N, words(K, scheme.bits))
+        self.weight_scale = empty(N, groups, dtype=dtype)
+        zero = None if scheme.symmetric else empty(words(N, scheme.bits), groups)
+        self.register_parameter("weight_zero_point", zero)
+        self.weight_shape = _frozen(torch.tensor([N, K], device=device))
+        self.register_parameter("bias", empty(N, dtype=dtype) if bias else None)
+        self.backend: backends.Backend = backends.TORCH
+        self.prepared = ()
+
+    @classmethod
+    def from_quantized(cls, q: QuantizedWeight, bias: Tensor | None = None) -> PackedLinear:
+        """Pack a solver's result; `bias` (N,) is kept in its own dtype."""
+        layer = cls(q.scheme, q.shape[1], q.shape[0], bias is not None, device="meta")
+        tensors = compressed_tensors.write("", q)
+        for name, tensor in tensors.items():
+            setattr(layer, name, _frozen(tensor.to(q.codes.device)))
+        if bias is not None:
+            layer.bias = _frozen(bias.detach().clone())
+        return layer
+
+    def quantized(self) -> QuantizedWeight:
+        """The unpacked value, exactly as the solver returned it."""
+        return compressed_tensors.unpack(
+            self.scheme,
+            (self.out_features, self.in_features),
+            self.weight_packed.detach(),
+            self.weight_scale.detach(),
+            self.weight_zero_point,
+        )
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The matrix (N, K) in `dtype` (default: that of the scales)."""
+        return self.quantized().dequantize(dtype)
+
+    def prepare(self, backend: str | None = None) -> None:
+        """Choose a backend (or take the one named) and let it repack. Call after loading.
+
+        Raises:
+            BackendError: the named backend cannot run this layer.
+        """
+        self.backend = backends.choose(self, backend)
+        self.prepared = self.backend.prepare(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.backend.matmul(x, self)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        """`.to()`, `.half()`, `.cuda()` and friends: what was prepared no longer fits."""
+        super()._apply(fn, recurse)
+        if self.backend is not backends.TORCH:
+            self.prepare()
+        return self
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, "
+            f"{self.scheme}, backend={self.backend.name}"
+        )
+
+
+def is_stacked_experts(module: nn.Module) -> bool:
+    """Whether `module` stacks gated experts in 3-D parameters, as transformers 5 does.
+
+    Recognised by structure: 3-D `gate_up_proj` and `down_proj`, the layout flags
+    `is_transposed` and `has_bias`, and a gate `_apply_gate`.
+    """
+    stacks = (module._parameters.get(name) for name in STACKS)
+    return (
+        all(stack is not None and stack.ndim == 3 for stack in stacks)
+        and all(hasattr(module, flag) for flag in ("is_transposed", "has_bias", "_apply_gate"))
+        and not getattr(module, "has_post_expert_norm", False)
+    )
+
+
+def expert_weight(module: nn.Module, name: str, index: int) -> Tensor:
+    """Weight (N, K) of one expert, a view: `name` is "gate_up_proj" or "down_proj"."""
+    weight = getattr(module, name)[index]
+    return weight.T if module.is_transposed else weight
+
+
+def expert_bias(module: nn.Module, name: str, index: int) -> Tensor | None:
+    """Bias (N,) of one expert, a view, or None."""
+    return getattr(module, f"{name}_bias")[index] if module.has_bias else None
+
+
+class PackedExperts(nn.Module):
+    """Stacked experts whose weights stay quantized, (N, K) per expert whatever the source's order.
+
+    For each of `gate_up_proj` (E, 2I, H) and `down_proj` (E, H, I), with the suffixes
+    `_packed`, `_scale`, `_zero_point`: the tensors of E PackedLinears, stacked. `_shape` is
+    (E, 2), or (E, 4) where the file keeps gate and up apart and a loader concatenates them.
+    Biases keep their names and shapes.
+
+    Args:
+        experts: the module to replace (may be on meta); only its gate and its shapes are used.
+        gate_up: scheme of all gate_up matrices.
+        down: scheme of all down matrices.
+        dtype: of the scales (default: that of the module's weights).
+        device: where the (uninitialised) tensors live.
+    """
+
+    def __init__(
+        self,
+        experts: nn.Module,
+        gate_up: QuantScheme,
+        down: QuantScheme,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = "meta",
+    ) -> None:
+        super().__init__()
+        stack: Tensor = experts.down_proj  # type: ignore[assignment]
+        self.num_experts = stack.shape[0]
+        self.schemes = {"gate_up_proj": gate_up, "down_proj": down}
+        self.has_bias = bool(experts.has_bias)
+        self.merged = not experts.is_transposed and getattr(experts, "is_concatenated", True)
+        self.apply_gate = _without_parameters(experts)._apply_gate
+        self._experts: list[tuple[PackedLinear, PackedLinear]] | None = None
+        for name, scheme in self.schemes.items():
+            N, K = expert_weight(experts, name, 0).shape
+            one = PackedLinear(scheme, K, N, self.has_bias, dtype or stack.dtype, "meta")
+            for suffix, parameter in one.named_parameters():
+                shape = (self.num_experts, *parameter.shape)
+                if suffix == "weight_shape" and name == "gate_up_proj" and self.merged:
+                    shape = (self.num_experts, 4)
+                tensor = torch.empty(shape, dtype=parameter.dtype, device=device)
+                self.register_parameter(_stacked_name(name, suffix), _frozen(tensor))
+
+    @classmethod
+    def from_quantized(
+        cls,
+        experts: nn.Module,
+        gate_up: Sequence[QuantizedWeight],
+        down: Sequence[QuantizedWeight],
+    ) -> PackedExperts:
+        """Pack solver results, one per expert, rows in the module's own order: (2I, H), (H, I).
+
+        Raises:
+            SchemeError: the experts of one stack have different schemes.
+        """
+        packed = cls(experts, gate_up[0].scheme, down[0].scheme)
+        for name, results in zip(STACKS, (gate_up, down), strict=True):
+            if any(q.scheme != results[0].scheme for q in results):
+                raise SchemeError(f"{name}: all experts of one layer must share one scheme.")
+            columns: dict[str, list[Tensor]] = {}
+            for index, q in enumerate(results):
+                layer = PackedLinear.from_quantized(q, expert_bias(experts, name, index))
+                for suffix, parameter in layer.named_parameters():
+                    columns.setdefault(suffix, []).append(parameter.detach())
+            for suffix, tensors in columns.items():
+                stacked = torch.stack(tensors)
+                if suffix == "weight_shape" and name == "gate_up_proj" and packed.merged:
+                    N, K = results[0].shape
+                    stacked = stacked.new_tensor([[N // 2, K, N // 2, K]]).repeat(len(results), 1)
+                setattr(packed, _stacked_name(name, suffix), _frozen(stacked))
+        return packed
+
+    def expert(self, index: int) -> tuple[PackedLinear, PackedLinear]:
+        """gate_up and down of one expert as layers that share this module's storage."""
+        gate_up, down = (self._layer(name, index) for name in STACKS)
+        return gate_up, down
+
+    def _layer(self, name: str, index: int) -> PackedLinear:
+        stacked: dict[str, Tensor] = {
+            suffix: getattr(self, _stacked_name(name, suffix))
+            for suffix in ("weight_packed", "weight_scale", "weight_zero_point", "bias")
+            if hasattr(self, _stacked_name(name, suffix))
+        }
+        scheme = self.schemes[name]
+        N, groups = stacked["weight_scale"].shape[1:]
+        K = stacked["weight_packed"].shape[2] * 32 // scheme.bits
+        K = groups * scheme.group_size if scheme.group_size > 0 else K
+        layer = PackedLinear(scheme, K, N, "bias" in stacked, device="meta")
+        for suffix, tensor in stacked.items():
+            setattr(layer, suffix, _frozen(tensor.detach()[index]))
+        layer.weight_shape = _frozen(torch.tensor([N, K]))
+        return layer
+
+    def prepare(self, backend: str | None = None) -> None:
+        """Choose a backend for every expert (see `PackedLinear.prepare`)."""
+        experts = [self.expert(index) for index in range(self.num_experts)]
+        for layer in (layer for pair in experts for layer in pair):
+            layer.prepare(backend)
+        self._experts = experts
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Route each token (T, H) through its experts (T, top_k), weighted (T, top_k)."""
+        tokens, top_k = top_k_index.shape
+        chosen = top_k_index.flatten()  # (S,), S = T * top_k
+        order = chosen.argsort(stable=True)
+        counts = torch.bincount(chosen, minlength=self.num_experts).tolist()
+        outputs = hidden_states.new_empty(tokens * top_k, hidden_states.shape[-1])
+        for index, rows in enumerate(order.split(counts)):
+            if len(rows):
+                gate_up, down = self._experts[index] if self._experts else self.expert(index)
+                x = hidden_states[rows // top_k]
+                outputs[rows] = down(self.apply_gate(gate_up(x)))
+        weighted = outputs * top_k_weights.reshape(-1, 1)
+        return weighted.view(tokens, top_k, -1).sum(1).to(hidden_states.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedExperts:
+        super()._apply(fn, recurse)
+        if self._experts is not None:
+            self.prepare()
+        return self
+
+    def extra_repr(self) -> str:
+        schemes = ", ".join(f"{name}={scheme}" for name, scheme in self.schemes.items())
+        return f"num_experts={self.num_experts}, {schemes}"
+
+
+def _stacked_name(name: str, suffix: str) -> str:
+    """("down_proj", "weight_scale") -> "down_proj_scale"; ("down_proj", "bias") -> ..._bias."""
+    return f"{name}_{suffix.removeprefix('weight_')}"
+
+
+def _without_parameters(module: nn.Module) -> Any:
+    """A shallow copy that keeps configuration and activations but no weights."""
+    stripped = copy.copy(module)
+    stripped._parameters = {}
+    return stripped
+
+
+def packed_modules(model: nn.Module) -> Iterator[tuple[str, PackedLinear | PackedExperts]]:
+    """Every packed module of `model` with its name."""
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear | PackedExperts):
+            yield name, module
+
+
+def prepare(model: nn.Module, backend: str | None = None) -> nn.Module:
+    """Choose a backend for every packed module of `model`, in place; returns `model`.
+
+    Raises:
+        BackendError: the named backend cannot run one of the layers.
+    """
+    for _, module in packed_modules(model):
+        module.prepare(backend)
+    return model
