@@ -189,7 +189,7 @@ class PackedExperts(nn.Module):
         self.schemes = {"gate_up_proj": gate_up, "down_proj": down}
         self.has_bias = bool(experts.has_bias)
         self.merged = not experts.is_transposed and getattr(experts, "is_concatenated", True)
-        self.apply_gate = _without_parameters(experts)._apply_gate
+        self.apply_gate = without_parameters(experts)._apply_gate
         self._experts: list[tuple[PackedLinear, PackedLinear]] | None = None
         for name, scheme in self.schemes.items():
             N, K = expert_weight(experts, name, 0).shape
@@ -289,7 +289,7 @@ def _stacked_name(name: str, suffix: str) -> str:
     return f"{name}_{suffix.removeprefix('weight_')}"
 
 
-def _without_parameters(module: nn.Module) -> Any:
+def without_parameters(module: nn.Module) -> Any:
     """A shallow copy that keeps configuration and activations but no weights."""
     stripped = copy.copy(module)
     stripped._parameters = {}

@@ -1,0 +1,89 @@
+"""The two places where a transformer keeps matrices that are not `nn.Linear`, made to look alike.
+
+- GPT-2's `Conv1D` stores its matrix transposed.
+- transformers 5 stacks the experts of a mixture in 3-D parameters.
+
+`as_linears` gives a block in which every matrix is an `nn.Linear` or a `RoutedLinear`, sharing
+storage with the block it was made from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llmq.nn import is_stacked_experts, without_parameters
+
+
+class RoutedLinear(nn.Module):
+    """One matrix per expert, applied to one batch of rows per expert.
+
+    Attributes:
+        weight: (E, N, K).
+        bias: (E, N) or None.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, rows: list[Tensor]) -> list[Tensor]:
+        """rows[e] (t_e, K) -> (t_e, N) per expert."""
+        biases = [None] * len(rows) if self.bias is None else self.bias
+        return [F.linear(x, W, b) for x, W, b in zip(rows, self.weight, biases, strict=True)]
+
+
+class UnstackedExperts(nn.Module):
+    """Stacked experts as two `RoutedLinear`: the first sees what the router sends to each expert.
+
+    Built from any experts module of transformers 5 (`gate_up_proj`, `down_proj` and
+    `_apply_gate`); computes the same function.
+    """
+
+    def __init__(self, experts: nn.Module):
+        super().__init__()
+        flip = bool(getattr(experts, "is_transposed", False))
+        self.gate_up_proj = _routed(experts, "gate_up_proj", flip)
+        self.down_proj = _routed(experts, "down_proj", flip)
+        self._apply_gate: Callable[[Tensor], Tensor] = without_parameters(experts)._apply_gate
+
+    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden (T, D), top_k_index and top_k_weights (T, top_k) -> (T, D)."""
+        count = self.gate_up_proj.weight.shape[0]
+        routes = [torch.where(top_k_index == e) for e in range(count)]  # (tokens, positions)
+        gate_up = self.gate_up_proj([hidden[tokens] for tokens, _ in routes])
+        down = self.down_proj([self._apply_gate(y) for y in gate_up])
+        out = torch.zeros_like(hidden)
+        for (tokens, positions), y in zip(routes, down, strict=True):
+            weighted = y * top_k_weights[tokens, positions, None]
+            out.index_add_(0, tokens, weighted.to(out.dtype))
+        return out
+
+
+def _routed(experts: nn.Module, name: str, flip: bool) -> RoutedLinear:
+    weight = getattr(experts, name).data
+    bias = getattr(experts, f"{name}_bias", None)
+    return RoutedLinear(weight.transpose(1, 2) if flip else weight, bias)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is GPT-2's linear layer, whose weight is (K, N)."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def as_linears(block: nn.Module) -> nn.Module:
+    """Replace every `Conv1D` and every stack of experts of `block`, in place; return `block`."""
+    for name, module in list(block.named_modules()):
+        if is_conv1d(module):
+            linear = nn.Linear(1, 1, bias=False, device="meta")
+            linear.weight = nn.Parameter(module.weight.data.T, requires_grad=False)
+            linear.bias = module.bias  # type: ignore[assignment]
+            linear.out_features, linear.in_features = linear.weight.shape
+            block.set_submodule(name, linear)
+        elif is_stacked_experts(module):
+            block.set_submodule(name, UnstackedExperts(module))
+    return block

@@ -1,0 +1,224 @@
+"""Find a model's decoder blocks and run them one at a time, by looking instead of knowing.
+
+No file in llmq lists architectures. The blocks are the biggest `nn.ModuleList`; what each one is
+called with is recorded while the model runs with stand-ins in their place; which linears read the
+same tensor, and in which order, is observed by running one block once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch import Tensor, nn
+
+from llmq.adapters import RoutedLinear
+from llmq.errors import SourceError
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a block is called with besides its hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Call:
+        """The same call on another device, floating tensors in another dtype."""
+        return Call(_cast(self.args, device, dtype), _cast(self.kwargs, device, dtype))
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Everything needed to replay the decoder blocks without the rest of the model.
+
+    Attributes:
+        hidden: per batch, the hidden states (B, T, D) that enter the first block.
+        calls: calls[i][b] is what block i is called with on batch b. Kept per block: models that
+            alternate sliding and full attention pass different masks to different blocks.
+    """
+
+    hidden: list[Tensor]
+    calls: list[list[Call]]
+
+
+def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and list of the decoder blocks: the `nn.ModuleList` that holds most parameters."""
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    if not lists:
+        raise SourceError(
+            f"{type(model).__name__}: no nn.ModuleList of decoder blocks found. "
+            "Only decoder-only transformer models can be quantized."
+        )
+    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+class _StandIn(nn.Module):
+    """Takes a block's place in the model: notes how it was called, passes hidden states on."""
+
+    def __init__(self, block: nn.Module, calls: list[Call], wrap: Callable[[Tensor], Any]):
+        super().__init__()
+        # In a tuple, so that the block does not become a submodule of its stand-in.
+        self._block = (block,)
+        self._calls = calls
+        self._wrap = wrap
+
+    def __getattr__(self, name: str) -> Any:  # models read attributes such as `attention_type`
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_block"][0], name)
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self._calls.append(Call(args, kwargs))
+        return self._wrap(hidden)
+
+
+@contextmanager
+def replaced(blocks: nn.ModuleList, stand_ins: Sequence[nn.Module]) -> Iterator[None]:
+    """The model with `stand_ins` in the place of its blocks, for the length of a `with`."""
+    originals = list(blocks)
+    try:
+        for i, stand_in in enumerate(stand_ins):
+            blocks[i] = stand_in
+        yield
+    finally:
+        for i, block in enumerate(originals):
+            blocks[i] = block
+
+
+@torch.no_grad()
+def record_calls(
+    model: nn.Module, blocks: nn.ModuleList, batches: Sequence[Tensor]
+) -> Recording:
+    """Run the model on `batches` (int64 (B, T) each) without computing any of its blocks."""
+    calls: list[list[Call]] = [[] for _ in blocks]
+    hidden: list[Tensor] = []
+    returns_tuple = _returns_tuple(model, blocks, batches[0][:1, :8])
+
+    def wrap(states: Tensor) -> Any:
+        return (states, None) if returns_tuple else states
+
+    def keep(states: Tensor) -> Any:
+        hidden.append(states)
+        return wrap(states)
+
+    stand_ins = [
+        _StandIn(block, calls[i], keep if i == 0 else wrap) for i, block in enumerate(blocks)
+    ]
+    with replaced(blocks, stand_ins):
+        for ids in batches:
+            model(input_ids=ids, use_cache=False)
+    return Recording(hidden, calls)
+
+
+def _returns_tuple(model: nn.Module, blocks: nn.ModuleList, ids: Tensor) -> bool:
+    """Whether blocks return (hidden, ...) rather than hidden; found by running the model once."""
+    seen: list[bool] = []
+    hook = blocks[0].register_forward_hook(
+        lambda _, __, output: seen.append(isinstance(output, tuple))
+    )
+    with hooks(hook):
+        model(input_ids=ids, use_cache=False)
+    return seen[0]
+
+
+def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+    """The hidden states (B, T, D) that leave `block`."""
+    output = block(hidden, *call.args, **call.kwargs)
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def hooks(*handles: Any) -> Iterator[None]:
+    """Remove hook handles at the end of a `with`."""
+    with ExitStack() as stack:
+        for handle in handles:
+            stack.callback(handle.remove)
+        yield
+
+
+def linears(block: nn.Module) -> dict[str, nn.Module]:
+    """The matrices of a block (see `adapters.as_linears`) by name, in registration order."""
+    return {n: m for n, m in block.named_modules() if isinstance(m, (nn.Linear, RoutedLinear))}
+
+
+@torch.no_grad()
+def shared_input_groups(block: nn.Module, hidden: Tensor, call: Call) -> list[list[str]]:
+    """Names of a block's linears in execution order, grouped by the very tensor they read.
+
+    For a Llama block: [q, k, v], [o], [gate, up], [down]. Linears that did not run are absent.
+    """
+    groups: dict[tuple[int, int], list[str]] = {}
+    alive = []  # inputs are kept, so that no two of them can have one address
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            alive.append(args[0])
+            first = args[0] if isinstance(args[0], Tensor) else args[0][0]
+            key = (first.data_ptr(), first.shape[-1]) if first.numel() else (-len(alive), 0)
+            names = groups.setdefault(key, [])
+            if not any(name in seen for seen in groups.values()):
+                names.append(name)
+
+        return hook
+
+    handles = [m.register_forward_pre_hook(note(n)) for n, m in linears(block).items()]
+    with hooks(*handles):
+        run_block(block, hidden, call)
+    return [names for names in groups.values() if names]
+
+
+def staged(
+    block: nn.Module, groups: list[list[str]], hidden: list[Tensor], calls: Sequence[Call]
+) -> Iterator[tuple[list[str], list[Any]]]:
+    """Run a block once on every batch, halting all of them before each group of linears.
+
+    Yields (names, inputs): the group's linears and, per batch, the tensor that they are about to
+    read (a list of tensors, one per expert, for a `RoutedLinear`). What the caller does to the
+    weights of these linears before asking for the next group is what the run goes on with, so
+    every later group sees the error of the ones already quantized ("true sequential"), in one
+    pass instead of one pass per group. When the generator ends, `hidden` holds the outputs.
+
+    Each batch runs in a greenlet (a coroutine that can be suspended inside a module's forward).
+    """
+    turn = {names[0]: i for i, names in enumerate(groups)}
+    done = -1
+
+    def halt(index: int) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if index > done:
+                getcurrent().parent.switch((index, args[0]))  # type: ignore[union-attr]
+
+        return hook
+
+    def run(b: int) -> None:
+        hidden[b] = run_block(block, hidden[b], calls[b])
+
+    handles = [
+        block.get_submodule(name).register_forward_pre_hook(halt(i)) for name, i in turn.items()
+    ]
+    with hooks(*handles):
+        runs = [greenlet(run) for _ in hidden]
+        waiting = [r.switch(b) for b, r in enumerate(runs)]
+        for i, names in enumerate(groups):
+            yield names, [place[1] for place in waiting if place and place[0] == i]
+            done = i
+            for b, place in enumerate(waiting):
+                if place and place[0] == i:
+                    waiting[b] = place = None  # drop our reference to the input before going on
+                    waiting[b] = runs[b].switch()
+
+
+def _cast(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, dtype if value.is_floating_point() else value.dtype)
+    if isinstance(value, dict):
+        return {k: _cast(v, device, dtype) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_cast(v, device, dtype) for v in value)
+    return value

@@ -1,0 +1,275 @@
+"""The flow: quantize a model in place, one decoder block at a time.
+
+    record how every block is called          (blocks.record_calls; no block is computed)
+    for each block:
+        fold AWQ factors into it               (optional; solvers.awq)
+        run all batches through it, halting before each group of linears that read one tensor:
+            H = second moment of that tensor   (moments)
+            solve every linear of the group    (solvers)
+            go on with the quantized weights
+        put packed layers in their place       (nn)
+
+So every linear is solved for the inputs that it will really see, behind layers that are already
+quantized, and each block runs once.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from llmq.adapters import RoutedLinear, as_linears
+from llmq.blocks import (
+    decoder_blocks,
+    linears,
+    record_calls,
+    shared_input_groups,
+    staged,
+)
+from llmq.errors import NonFiniteError, SchemeError
+from llmq.moments import second_moment, shrink, with_prior
+from llmq.nn import PackedExperts, PackedLinear
+from llmq.scheme import QuantizedWeight, QuantScheme
+from llmq.solvers import Solver
+from llmq.solvers.awq import AWQ
+from llmq.solvers.gptq import GPTQ
+
+PROBE = 32  # tokens with which structure is observed and smoothing pairs are proven
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to do to a model.
+
+    Attributes:
+        scheme: number format of every quantized linear.
+        solver: how codes are found.
+        awq: scale channels before solving, or None.
+        skip: patterns of linears to leave as they are: a module name or the end of one, with
+            shell wildcards ("model.layers.0.*", "down_proj", "*.mlp.*").
+    """
+
+    scheme: QuantScheme = QuantScheme()
+    solver: Solver = GPTQ()
+    awq: AWQ | None = None
+    skip: tuple[str, ...] = ()
+
+    def scheme_for(self, name: str) -> QuantScheme | None:
+        """The number format of the linear called `name`; None if it is skipped."""
+        skipped = any(fnmatchcase(name, p) or fnmatchcase(name, f"*.{p}") for p in self.skip)
+        return None if skipped else self.scheme
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one matrix.
+
+    Attributes:
+        name: module name; experts of a stack are numbered, as in "...experts.3.down_proj".
+        shape: (N, K).
+        scheme: its number format.
+        error: expected squared error of its output over that of the output, tr(D H D^T) /
+            tr(W H W^T), for the inputs seen in calibration.
+        tokens: calibration tokens that reached it.
+        seconds: spent in the solver (shared equally by matrices that were solved together).
+    """
+
+    name: str
+    shape: tuple[int, int]
+    scheme: QuantScheme
+    error: float
+    tokens: int
+    seconds: float
+
+
+def quantizable(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Names and shapes (N, K) of all matrices in the decoder blocks; stacks count once."""
+    name, blocks = decoder_blocks(model)
+    found = {}
+    for i, block in enumerate(blocks):
+        for linear, module in linears(as_linears(_shared_copy(block))).items():
+            N, K = module.weight.shape[-2:]
+            found[f"{name}.{i}.{linear}"] = (N, K)
+    return found
+
+
+@torch.no_grad()
+def quantize(
+    model: nn.Module,
+    batches: Sequence[Tensor],
+    recipe: Recipe,
+    device: torch.device | str | None = None,
+) -> Iterator[LayerReport]:
+    """Quantize `model` in place; yield one report per matrix, in the order they are solved.
+
+    Args:
+        model: a causal language model of transformers, or one built like it.
+        batches: calibration tokens, int64 (B, T) each; batches may differ in shape.
+        recipe: what to do.
+        device: where blocks are run and solved (default: where the model is).
+
+    Raises:
+        SchemeError: the group size does not divide a layer; nothing has been changed then.
+        NonFiniteError: an activation is NaN or infinite.
+    """
+    check_groups(quantizable(model), recipe)
+    prefix, blocks = decoder_blocks(model)
+    recording = record_calls(model, blocks, batches)
+    probes = record_calls(model, blocks, [batches[0][:1, :PROBE]])
+    hidden = recording.hidden
+    where = torch.device(device) if device is not None else hidden[0].device
+    dtype = _run_dtype(hidden[0].dtype, where)
+    for b, states in enumerate(hidden):
+        hidden[b] = states.to(where, dtype)
+
+    for i, block in enumerate(blocks):
+        view = as_linears(_shared_copy(block))  # the block's own tensors
+        work = _run_copy(view, where, dtype)  # what runs, and takes on quantized weights
+        calls = [call.to(where, dtype) for call in recording.calls[i]]
+        probe = (hidden[0][:1, :PROBE], probes.calls[i][0].to(where, dtype))
+        names = {n: s for n in linears(view) if (s := recipe.scheme_for(f"{prefix}.{i}.{n}"))}
+        if recipe.awq:
+            recipe.awq.smooth(view, work, names, hidden, calls, probe)
+        solved: dict[str, list[QuantizedWeight]] = {}
+        groups = shared_input_groups(work, *probe)
+        for group, inputs in staged(work, groups, hidden, calls):
+            chosen = {n: names[n] for n in group if n in names}
+            for name, report, results in _solve_group(view, work, chosen, inputs, recipe.solver):
+                solved[name] = results
+                yield from (_named(r, f"{prefix}.{i}") for r in report)
+        _pack(block, solved)
+        recording.calls[i].clear()
+
+
+def check_groups(shapes: dict[str, tuple[int, int]], recipe: Recipe) -> None:
+    """Refuse a group size that does not divide some layer, with what would.
+
+    Raises:
+        SchemeError: lists the layers.
+    """
+    bad = {
+        name: K
+        for name, (_, K) in shapes.items()
+        if (scheme := recipe.scheme_for(name)) and not scheme.divides(K)
+    }
+    if not bad:
+        return
+    listed = ", ".join(f"{name} (in_features={K})" for name, K in list(bad.items())[:6])
+    more = f" and {len(bad) - 6} more" if len(bad) > 6 else ""
+    fits = [g for g in (128, 64, 32) if all(K % g == 0 for K in bad.values())]
+    ends = sorted({".".join(name.split(".")[-2:]) for name in bad})
+    raise SchemeError(
+        f"group_size={recipe.scheme.group_size} does not divide {listed}{more}. "
+        f"Use group_size={' or '.join(map(str, [*fits, -1]))}, or skip these layers: "
+        + " ".join(f"--skip '{end}'" for end in ends)
+    )
+
+
+def _solve_group(
+    view: nn.Module,
+    work: nn.Module,
+    schemes: dict[str, QuantScheme],
+    inputs: list[Tensor] | list[list[Tensor]],
+    solver: Solver,
+) -> Iterator[tuple[str, list[LayerReport], list[QuantizedWeight]]]:
+    """Solve linears that read the same tensor and give `work` their quantized weights.
+
+    Rows never interact, so linears with one scheme are solved as one tall matrix.
+    """
+    if not schemes:
+        return
+    first = view.get_submodule(next(iter(schemes)))
+    experts = isinstance(first, RoutedLinear)
+    columns = zip(*inputs, strict=True) if experts else [inputs]
+    moments, counts = zip(*(second_moment(column) for column in columns), strict=True)
+    for name in schemes:
+        if not all(bool(H.diagonal().isfinite().all()) for H in moments):
+            raise NonFiniteError(
+                f"{name}: its input has NaN or infinite values in calibration. The model "
+                "overflows in its dtype on this text; load it as bfloat16 or float32."
+            )
+    prior = with_prior(moments, counts) if experts else list(moments)
+    for scheme in dict.fromkeys(schemes.values()):
+        names = [n for n in schemes if schemes[n] == scheme]
+        results: dict[str, list[QuantizedWeight]] = {n: [] for n in names}
+        reports: dict[str, list[LayerReport]] = {n: [] for n in names}
+        for e, (H, count) in enumerate(zip(prior, counts, strict=True)):
+            weights = [_matrix(view, n, e).to(H.device) for n in names]
+            start = time.perf_counter()
+            tall = solver.solve(torch.cat(weights), shrink(H, count + experts * len(H)), scheme)
+            seconds = (time.perf_counter() - start) / len(names)
+            for n, W, q in zip(names, weights, _split(tall, weights), strict=True):
+                _matrix(work, n, e).copy_(q.dequantize())
+                label = f"{n.rpartition('.')[0]}.{e}.{n.rpartition('.')[2]}" if experts else n
+                error = relative_error(W, q, H)
+                reports[n].append(LayerReport(label, q.shape, scheme, error, count, seconds))
+                results[n].append(q)
+        for n in names:
+            yield n, reports[n], results[n]
+
+
+def relative_error(W: Tensor, q: QuantizedWeight, H: Tensor) -> float:
+    """tr(D H D^T) / tr(W H W^T) with D = dequantized - W; 0 if the layer's output is 0."""
+    W = W.float()
+    delta = q.dequantize(torch.float32) - W
+    size = float(((W @ H) * W).sum())
+    return float(((delta @ H) * delta).sum()) / size if size > 0 else 0.0
+
+
+def _matrix(block: nn.Module, name: str, expert: int) -> Tensor:
+    weight = block.get_submodule(name).weight.data
+    return weight[expert] if weight.ndim == 3 else weight
+
+
+def _split(q: QuantizedWeight, like: list[Tensor]) -> list[QuantizedWeight]:
+    sizes = [len(W) for W in like]
+    parts = zip(q.codes.split(sizes), q.scale.split(sizes), q.zero.split(sizes), strict=True)
+    return [QuantizedWeight(q.scheme, *(t.contiguous() for t in part)) for part in parts]
+
+
+def _pack(block: nn.Module, solved: dict[str, list[QuantizedWeight]]) -> None:
+    """Put packed modules where the solved linears and experts of `block` are."""
+    for name, results in solved.items():
+        parent, _, leaf = name.rpartition(".")
+        device = next(block.parameters()).device
+        if leaf == "gate_up_proj" and f"{parent}.down_proj" in solved and len(results) > 1:
+            experts = block.get_submodule(parent)
+            down = solved[f"{parent}.down_proj"]
+            packed = PackedExperts.from_quantized(experts, results, down).to(device)
+        elif len(results) > 1:
+            continue  # the other half of an expert stack
+        else:
+            bias = getattr(block.get_submodule(name), "bias", None)
+            packed = PackedLinear.from_quantized(results[0], bias).to(device)
+        packed.prepare()
+        block.set_submodule(parent if len(results) > 1 else name, packed)
+
+
+def _named(report: LayerReport, prefix: str) -> LayerReport:
+    return LayerReport(**{**vars(report), "name": f"{prefix}.{report.name}"})
+
+
+def _shared_copy(block: nn.Module) -> nn.Module:
+    """A copy of a block's structure around the very same tensors."""
+    tensors = [*block.parameters(), *block.buffers()]
+    return copy.deepcopy(block, {id(t): t for t in tensors})
+
+
+def _run_copy(block: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A copy of a block on `device`, float16 parameters in `dtype`."""
+    work = copy.deepcopy(block).to(device)
+    for tensor in work.parameters():
+        if tensor.dtype == torch.float16:
+            tensor.data = tensor.data.to(dtype)
+    return work
+
+
+def _run_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """float16 is several times slower than bfloat16 on CPUs; calibration does not need it."""
+    return torch.bfloat16 if dtype == torch.float16 and device.type == "cpu" else dtype
