@@ -223,6 +223,8 @@ def _tensors(model: PreTrainedModel, original: Path | None) -> dict[str, Tensor]
     prefix = f"{model.base_model_prefix}."
     tensors = {}
     for key, tensor in revert_weight_conversion(model, own).items():
+        if key.endswith(("_scale", "_zero_point")) and tensor.ndim == 1:
+            tensor = tensor.unsqueeze(-1)  # transformers 5.17 drops dimensions of size one
         dense = key if key in known else _dense_key(key)
         bare = dense.removeprefix(prefix)
         if known and dense not in known and (bare in known) != (prefix + dense in known):
