@@ -199,7 +199,9 @@ def _appears_whole(out: Path) -> Iterator[Path]:
         folder.rename(out)
         done = True
     except (OSError, SafetensorError) as error:
-        raise OutputError(f"{out}: cannot be written ({error}). Nothing was left behind.") from error
+        raise OutputError(
+            f"{out}: cannot be written ({error}). Nothing was left behind."
+        ) from error
     finally:
         if not done:
             shutil.rmtree(folder, ignore_errors=True)

@@ -12,9 +12,9 @@ disk there is only compressed-tensors, which other engines know.
 from __future__ import annotations
 
 import copy
-import fnmatch
 import math
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -55,7 +55,8 @@ class LlmqConfig(QuantizationConfigMixin):
 
     Args:
         bits, group_size, symmetric: see `QuantScheme`.
-        skip: patterns (as in `fnmatch`) of module names that stay in full precision.
+        skip: modules that stay in full precision: names or the ends of names, with shell
+            wildcards, as in `quantize.Recipe`.
         lm_head: whether the output head is quantized too.
         checkpoint: a `quantization_config` from a config.json; then the rest is not used.
 
@@ -169,7 +170,7 @@ def _shapes(files: list[str] | None) -> Shapes:
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         with safe_open(file, "pt") as tensors:
-            shapes |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+            shapes |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}
     return shapes
 
 
@@ -305,7 +306,7 @@ def _chosen_parameters(model: PreTrainedModel, config: LlmqConfig) -> frozenset[
     head = model.get_output_embeddings()
     chosen: dict[str, int] = {}
     for name, module in model.named_modules():
-        if any(fnmatch.fnmatch(name, pattern) for pattern in config.skip):
+        if any(fnmatchcase(name, p) or fnmatchcase(name, f"*.{p}") for p in config.skip):
             continue
         if isinstance(module, nn.Linear | Conv1D) and (module is not head or config.lm_head):
             chosen[f"{name}.weight"] = _out_in(module)[1]
@@ -373,9 +374,7 @@ class RoundToNearest(ConversionOps):
         return tensors
 
 
-def _rounded_experts(
-    experts: nn.Module, stack: str, scheme: QuantScheme
-) -> list[QuantizedWeight]:
+def _rounded_experts(experts: nn.Module, stack: str, scheme: QuantScheme) -> list[QuantizedWeight]:
     count = len(experts.get_parameter(stack))
     return [_round_to_nearest(expert_weight(experts, stack, i), scheme) for i in range(count)]
 
