@@ -24,7 +24,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from llmq.adapters import RoutedLinear, as_linears
+from llmq.adapters import as_linears
 from llmq.blocks import (
     decoder_blocks,
     linears,
@@ -33,7 +33,7 @@ from llmq.blocks import (
     staged,
 )
 from llmq.errors import NonFiniteError, SchemeError
-from llmq.moments import second_moment, shrink, with_prior
+from llmq.moments import second_moment, with_prior
 from llmq.nn import PackedExperts, PackedLinear
 from llmq.scheme import QuantizedWeight, QuantScheme
 from llmq.solvers import Solver
@@ -140,7 +140,10 @@ def quantize(
         groups = shared_input_groups(work, *probe)
         for group, inputs in staged(work, groups, hidden, calls):
             chosen = {n: names[n] for n in group if n in names}
-            for name, report, results in _solve_group(view, work, chosen, inputs, recipe.solver):
+            if not chosen:
+                continue
+            moments = _moments(inputs, f"{prefix}.{i}.{group[0]}")
+            for name, report, results in _solve_group(view, work, chosen, moments, recipe.solver):
                 solved[name] = results
                 yield from (_named(r, f"{prefix}.{i}") for r in report)
         _pack(block, solved)
@@ -171,47 +174,58 @@ def check_groups(shapes: dict[str, tuple[int, int]], recipe: Recipe) -> None:
     )
 
 
+def _moments(inputs: list[Tensor] | list[list[Tensor]], name: str) -> list[tuple[Tensor, int]]:
+    """Second moment and token count of a linear's inputs, or of each expert's.
+
+    Raises:
+        NonFiniteError: names the linear.
+    """
+    columns = [inputs] if isinstance(inputs[0], Tensor) else list(zip(*inputs, strict=True))
+    moments = [second_moment(column) for column in columns]
+    if not all(bool(H.diagonal().isfinite().all()) for H, _ in moments):
+        raise NonFiniteError(
+            f"{name}: its input is NaN or infinite in calibration. The model overflows in its "
+            "dtype on this text; convert it to bfloat16 or float32."
+        )
+    if len(moments) == 1:
+        return moments
+    return with_prior(moments)
+
+
 def _solve_group(
     view: nn.Module,
     work: nn.Module,
     schemes: dict[str, QuantScheme],
-    inputs: list[Tensor] | list[list[Tensor]],
+    moments: list[tuple[Tensor, int]],
     solver: Solver,
 ) -> Iterator[tuple[str, list[LayerReport], list[QuantizedWeight]]]:
     """Solve linears that read the same tensor and give `work` their quantized weights.
 
-    Rows never interact, so linears with one scheme are solved as one tall matrix.
+    Rows never interact, so linears with one scheme are solved as one tall matrix. Yields per
+    linear its name, and one report and one result for each of its experts (one if it has none).
     """
-    if not schemes:
-        return
-    first = view.get_submodule(next(iter(schemes)))
-    experts = isinstance(first, RoutedLinear)
-    columns = zip(*inputs, strict=True) if experts else [inputs]
-    moments, counts = zip(*(second_moment(column) for column in columns), strict=True)
-    for name in schemes:
-        if not all(bool(H.diagonal().isfinite().all()) for H in moments):
-            raise NonFiniteError(
-                f"{name}: its input has NaN or infinite values in calibration. The model "
-                "overflows in its dtype on this text; load it as bfloat16 or float32."
-            )
-    prior = with_prior(moments, counts) if experts else list(moments)
     for scheme in dict.fromkeys(schemes.values()):
         names = [n for n in schemes if schemes[n] == scheme]
-        results: dict[str, list[QuantizedWeight]] = {n: [] for n in names}
         reports: dict[str, list[LayerReport]] = {n: [] for n in names}
-        for e, (H, count) in enumerate(zip(prior, counts, strict=True)):
+        results: dict[str, list[QuantizedWeight]] = {n: [] for n in names}
+        for e, (H, count) in enumerate(moments):
             weights = [_matrix(view, n, e).to(H.device) for n in names]
             start = time.perf_counter()
-            tall = solver.solve(torch.cat(weights), shrink(H, count + experts * len(H)), scheme)
+            tall = solver.solve(torch.cat(weights), H, scheme)
             seconds = (time.perf_counter() - start) / len(names)
             for n, W, q in zip(names, weights, _split(tall, weights), strict=True):
                 _matrix(work, n, e).copy_(q.dequantize())
-                label = f"{n.rpartition('.')[0]}.{e}.{n.rpartition('.')[2]}" if experts else n
+                label = _expert_name(n, e) if len(moments) > 1 else n
                 error = relative_error(W, q, H)
                 reports[n].append(LayerReport(label, q.shape, scheme, error, count, seconds))
                 results[n].append(q)
         for n in names:
             yield n, reports[n], results[n]
+
+
+def _expert_name(stack: str, expert: int) -> str:
+    parent, _, leaf = stack.rpartition(".")
+    return f"{parent}.{expert}.{leaf}"
 
 
 def relative_error(W: Tensor, q: QuantizedWeight, H: Tensor) -> float:

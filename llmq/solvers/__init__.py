@@ -10,7 +10,7 @@ from llmq.scheme import QuantizedWeight, QuantScheme
 
 
 class Solver(Protocol):
-    """Anything that turns a matrix into codes. Implementations are frozen dataclasses of options."""
+    """Turns a matrix into codes. Implementations are frozen dataclasses of options."""
 
     def solve(self, W: Tensor, H: Tensor, scheme: QuantScheme) -> QuantizedWeight:
         """Quantize one matrix.

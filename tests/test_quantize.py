@@ -1,0 +1,128 @@
+"""The flow on every architecture: everything is quantized, and better than by rounding."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from zoo import ARCHITECTURES, tiny_model
+
+from llmq.errors import NonFiniteError, SchemeError
+from llmq.nn import PackedExperts, PackedLinear
+from llmq.quantize import Recipe, quantizable, quantize
+from llmq.scheme import QuantScheme
+from llmq.solvers.awq import AWQ
+from llmq.solvers.gptq import GPTQ
+from llmq.solvers.rtn import RTN
+
+SCHEME = QuantScheme(4, 32)
+
+
+def batches(model: nn.Module, count: int = 3) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    vocab = model.config.vocab_size
+    return [torch.randint(0, vocab, (4, 48), generator=generator) for _ in range(count)]
+
+
+@torch.no_grad()
+def divergence(model: nn.Module, other: nn.Module, ids: torch.Tensor) -> float:
+    p, q = (m(ids).logits.double().log_softmax(-1) for m in (model, other))
+    return float(F.kl_div(q, p, log_target=True, reduction="batchmean")) / ids.shape[1]
+
+
+def quantized(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, list]:
+    result = copy.deepcopy(model)
+    return result, list(quantize(result, batches(model), recipe))
+
+
+@pytest.mark.parametrize("name", list(ARCHITECTURES))
+def test_every_architecture(name):
+    model = tiny_model(name, dtype=torch.float32).eval()
+    rounded, _ = quantized(model, Recipe(SCHEME, RTN()))
+    solved, reports = quantized(model, Recipe(SCHEME, GPTQ()))
+    ids = batches(model, 1)[0]
+    assert divergence(model, solved, ids) < divergence(model, rounded, ids)
+    stacks = [m for m in solved.modules() if isinstance(m, PackedExperts)]
+    packed = sum(isinstance(m, PackedLinear) for m in solved.modules())
+    matrices = packed + sum(2 * m.num_experts for m in stacks)
+    assert len(reports) == len({r.name for r in reports}) == matrices
+    assert len(quantizable(model)) == packed + 2 * len(stacks)
+    assert all(0 < r.error < 0.05 for r in reports)
+    dense = [n for n, m in solved.named_modules() if isinstance(m, nn.Linear)]
+    assert set(dense) <= {"lm_head", "embed_out"}
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mixtral"])
+def test_awq_before_any_solver(name):
+    model = tiny_model(name, dtype=torch.float32).eval()
+    ids = batches(model, 1)[0]
+    plain, _ = quantized(model, Recipe(SCHEME, RTN()))
+    awq, _ = quantized(model, Recipe(SCHEME, RTN(search=True), AWQ()))
+    assert divergence(model, awq, ids) < divergence(model, plain, ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models(dtype):
+    model = tiny_model("llama", dtype=dtype).eval()
+    result, reports = quantized(model, Recipe(QuantScheme(4, 64, symmetric=True)))
+    layer = result.model.layers[0].mlp.down_proj
+    assert layer.weight_scale.dtype == dtype
+    assert result(batches(model)[0]).logits.isfinite().all()
+    assert len(reports) == 14
+
+
+def test_skipped_layers_stay_as_they_are():
+    model = tiny_model("mixtral", dtype=torch.float32).eval()
+    recipe = Recipe(SCHEME, RTN(), skip=("o_proj", "model.layers.1.mlp.experts.*"))
+    result, reports = quantized(model, recipe)
+    assert isinstance(result.model.layers[0].self_attn.o_proj, nn.Linear)
+    assert isinstance(result.model.layers[0].mlp.experts, PackedExperts)
+    assert not isinstance(result.model.layers[1].mlp.experts, PackedExperts)
+    assert torch.equal(
+        result.model.layers[1].mlp.experts.gate_up_proj,
+        model.model.layers[1].mlp.experts.gate_up_proj,
+    )
+    assert not any("o_proj" in r.name for r in reports)
+
+
+def test_starved_experts_are_solved_and_counted():
+    model = tiny_model("qwen3_moe", dtype=torch.float32).eval()
+    for layer in model.model.layers:  # the router never picks expert 0
+        layer.mlp.gate.weight.data[0] = 0
+        layer.mlp.gate.weight.data[1:] += 0.5
+    result, reports = quantized(model, Recipe(SCHEME))
+    by_expert = {r.name: r for r in reports if "experts" in r.name}
+    counts = [r.tokens for n, r in by_expert.items() if n.endswith("gate_up_proj")]
+    ids = batches(model)
+    routed = sum(b.numel() for b in ids) * model.config.num_experts_per_tok
+    assert sum(counts) == routed * len(model.model.layers)
+    assert result(ids[0]).logits.isfinite().all()
+    assert all(r.error < 0.05 for r in by_expert.values())
+
+
+def test_a_group_that_does_not_divide_changes_nothing():
+    model = tiny_model("llama", dtype=torch.float32).eval()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with pytest.raises(SchemeError) as caught:
+        list(quantize(model, batches(model), Recipe(QuantScheme(4, 128))))
+    message = str(caught.value)
+    assert "model.layers.0.mlp.down_proj (in_features=192)" in message
+    assert "group_size=64 or 32 or -1" in message
+    assert "--skip 'mlp.down_proj'" in message
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def test_overflowing_activations_name_the_layer():
+    model = tiny_model("llama", dtype=torch.float32).eval()
+    model.model.layers[1].mlp.up_proj.weight.data.fill_(1e38)
+    with pytest.raises(NonFiniteError, match=r"model\.layers\.1\.mlp\.down_proj"):
+        list(quantize(model, batches(model), Recipe(SCHEME)))
+
+
+def test_same_input_same_result():
+    model = tiny_model("qwen3", dtype=torch.float32).eval()
+    a, _ = quantized(model, Recipe(SCHEME))
+    b, _ = quantized(model, Recipe(SCHEME))
+    for (n, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+        assert torch.equal(x, y), n
