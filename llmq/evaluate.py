@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmq.errors import NonFiniteError, SourceError
-from llmq.progress import track
+from llmq.progress import progress_bar
 
 _BATCH_TOKENS = 2048
 _SLICE_ENTRIES = 2**23  # logits in float32 at once: 32 MiB
@@ -91,15 +91,17 @@ def evaluate(
     seq_len = windows.shape[1]
     models = [model] if reference is None else [model, reference]
     slicers = [_slicer(each, windows[:1, : min(8, seq_len)]) for each in models]
-    batches = windows.split(max(1, _BATCH_TOKENS // seq_len))
     rows = []  # per batch (windows, 1 or 3)
-    for ids in track(batches, "Evaluating", total=len(batches), show=progress):
-        rows.append(_window_means(ids, [slicer(ids) for slicer in slicers]))
-        if not rows[-1].isfinite().all():
-            raise NonFiniteError(
-                f"{type(model).__name__}: likelihoods are not finite in window "
-                f"{sum(map(len, rows[:-1]))} to {sum(map(len, rows)) - 1}. Check its weights."
-            )
+    with progress_bar("Evaluating", len(windows), show=progress) as advance:
+        for ids in windows.split(max(1, _BATCH_TOKENS // seq_len)):
+            done = sum(map(len, rows))
+            rows.append(_window_means(ids, [slicer(ids) for slicer in slicers]))
+            advance(done + len(ids))
+            if not rows[-1].isfinite().all():
+                raise NonFiniteError(
+                    f"{type(model).__name__}: likelihoods are NaN or infinite in windows {done} "
+                    f"to {done + len(ids) - 1}. Check the weights, or load it in bfloat16."
+                )
     values = torch.cat(rows)  # (windows, 1 or 3)
     mean = values.mean(0).tolist() + [None] * (3 - values.shape[1])
     error: list[Any] = [None] * 3

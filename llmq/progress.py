@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TypeVar
-
-T = TypeVar("T")
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
-def track(items: Iterable[T], label: str, *, total: int, show: bool) -> Iterable[T]:
-    """`items`, with a bar and the time that remains if `show` and standard error is a terminal."""
+@contextmanager
+def progress_bar(label: str, total: int, *, show: bool) -> Iterator[Callable[[int], None]]:
+    """A bar with the time that remains; yields a function that takes how much is done.
+
+    Nothing is shown unless `show` and standard error is a terminal.
+    """
     if not show:
-        return items
+        yield lambda done: None
+        return
     from rich.console import Console
-    from rich.progress import track as rich_track
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     console = Console(stderr=True)
-    return rich_track(
-        items, label, total=total, console=console, transient=True, disable=not console.is_terminal
-    )
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    with Progress(
+        *columns,
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as progress:
+        task = progress.add_task(label, total=total)
+        yield lambda done: progress.update(task, completed=done)

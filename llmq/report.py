@@ -132,13 +132,9 @@ def with_error(value: float | None, error: float | None, digits: int = 3) -> str
 
 def size(nbytes: float) -> str:
     """Bytes for people: "1.93 MB"."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            break
-        nbytes /= 1000
-    else:
-        unit = "TB"
-    return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.2f} {unit}"
+    power = min(4, int(math.log(max(nbytes, 1), 1000)))
+    unit = ("B", "kB", "MB", "GB", "TB")[power]
+    return f"{nbytes / 1000**power:.{2 if power else 0}f} {unit}"
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
