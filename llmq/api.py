@@ -18,7 +18,7 @@ import transformers
 from torch import nn
 
 import llmq
-from llmq import demo
+from llmq import demo, hf
 from llmq.calibrate import adds_bos, token_windows
 from llmq.errors import CalibrationError, SchemeError, SourceError
 from llmq.evaluate import Evaluation, evaluate as measure, protocol
@@ -134,9 +134,7 @@ def quantize(
         reports = run(model, batches, recipe, where)
         layers = list(_watched(reports, sum(map(bool, map(recipe.scheme_for, names))), progress))
         with writing(out):
-            from llmq import hf
-
-            hf.save(model, folder, source=name, tokenizer=tokenizer)
+            hf.save(model, folder, source=name)
         report = {
             "llmq": llmq.__version__,
             "torch": torch.__version__,
@@ -229,8 +227,6 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
         path: folder or Hub name, quantized by llmq or any tool that writes compressed-tensors.
         **kwargs: passed on to `from_pretrained`.
     """
-    from llmq import hf
-
     return hf.load(check_path(path), **kwargs)
 
 

@@ -148,17 +148,18 @@ def _slicer(model: nn.Module, probe: Tensor) -> Slicer:
     probe = probe.to(device)
     logits = model(input_ids=probe, use_cache=False).logits
     rows = max(1, _SLICE_ENTRIES // logits.shape[-1])
-    split = False
+    proven: nn.Module | None = None
     if base is not model and head is not None:
         hidden = base(input_ids=probe, use_cache=False)[0]
-        split = hidden.shape[:2] == probe.shape and torch.equal(head(hidden), logits)
+        if hidden.shape[:2] == probe.shape and torch.equal(head(hidden), logits):
+            proven = head
 
     def slices(ids: Tensor) -> Iterator[Tensor]:
         ids = ids.to(device)
-        if split:
+        if proven is not None:
             states = base(input_ids=ids, use_cache=False)[0][:, :-1].flatten(0, 1)
             for part in states.split(rows):
-                yield head(part).float()
+                yield proven(part).float()
         else:
             every = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
             for part in every.split(rows):

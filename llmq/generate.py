@@ -46,7 +46,7 @@ def generate(
     if ids.shape[1] == 0:
         raise SourceError("The prompt is empty; give --prompt some text.")
     device = next(model.parameters()).device
-    settings = {"do_sample": temperature > 0}
+    settings: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
         settings["temperature"] = temperature
     with torch.random.fork_rng():

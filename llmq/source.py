@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from llmq import hf
 from llmq.errors import BackendError, NonFiniteError, SourceError
 
 _CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
@@ -73,27 +73,24 @@ def open_tokenizer(src: str) -> Any:
         ) from error
 
 
-def open_model(src: str, device: str = "cpu") -> nn.Module:
+def open_model(src: str, device: str = "cpu") -> PreTrainedModel:
     """A model as it is stored, every weight of it read from the checkpoint and finite.
 
     Raises:
-        SourceError: weights that are missing, damaged or of another shape.
+        SourceError: no such model, or weights of another shape than its config says.
+        FormatError: weights that are missing or damaged.
         NonFiniteError: names the first tensor that holds NaN or infinity.
     """
-    # Registers the loader for packed weights; harmless for every other model.
-    import llmq.hf  # noqa: F401
-
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            src, dtype="auto", output_loading_info=True
+        model, info = hf.load(
+            src, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
         )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except (ValueError, RuntimeError, KeyError) as error:
         raise SourceError(f"{src}: weights cannot be loaded: {_first_line(error)}") from error
-    for problem in ("missing_keys", "mismatched_keys"):
-        if info[problem]:
-            names = sorted(str(key) for key in info[problem])
-            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-            raise SourceError(f"{src}: {problem.replace('_', ' ')}: {', '.join(names[:4])}{more}.")
+    for name, found, expected in sorted(info["mismatched_keys"]):
+        raise SourceError(
+            f"{src}: {name} has shape {tuple(found)}, but config.json says {tuple(expected)}."
+        )
     check_finite(model)
     return model.to(device).eval()
 

@@ -158,18 +158,19 @@ def _saved_dataset(folder: Path) -> Iterable[Any]:
             f"{folder}: a folder must be what `datasets.Dataset.save_to_disk` wrote."
         ) from error
     if isinstance(saved, datasets.DatasetDict):
-        splits = ", ".join(str(folder / split) for split in saved)
+        splits = ", ".join(str(folder / str(split)) for split in saved)
         raise CalibrationError(f"{folder}: holds several splits; give one of {splits}.")
     return saved
 
 
 def _hub_dataset(name: str) -> Iterable[Any]:
     import datasets
+    from datasets.exceptions import DatasetsError
 
     path, config, split = [*name.split(":"), None, None][:3]
     try:
         return datasets.load_dataset(path, config, split=split or "train", streaming=True)  # type: ignore[arg-type]
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         raise CalibrationError(
             f"{name}: neither a file nor a data set that can be loaded as name[:config[:split]]: "
             f"{' '.join(str(error).split())}"
