@@ -183,7 +183,7 @@ def evaluate(
         rows.append(("top-1 agreement", with_error(found.top1, found.top1_stderr, 4)))
     if found.bits_per_weight is not None:
         rows.append(("bits per weight", f"{found.bits_per_weight:.2f}"))
-    console.print(table(str(model), ["measure", "value"], rows))
+    console.print(table("", ["measure", "value"], rows))
     console.print(found.protocol, highlight=False, soft_wrap=True)
     _finish(found.to_json(), as_json)
 
@@ -239,7 +239,7 @@ def inspect(
         )
         for layer in layers
     ]
-    console.print(table(str(model), ["layer", "format", "shape", "size", "error"], rows))
+    console.print(table("", ["layer", "format", "shape", "size", "error"], rows))
     total = sum(layer.bytes for layer in layers)
     bits = bits_per_weight(layers)
     console.print(f"{size(total)}; {bits:.3f} bits per quantized weight.", highlight=False)

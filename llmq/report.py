@@ -16,7 +16,10 @@ from llmq.errors import FormatError, SourceError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from llmq.scheme import QuantScheme
+
 REPORT_FILE = "quantization_report.json"
+_PARTS = ("_packed", "_scale", "_zero_point", "_shape")
 _INTEGERS = {"I64": "q", "I32": "i"}
 _HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors format
 
@@ -28,7 +31,7 @@ class StoredLayer:
     Attributes:
         name: the module's name, or "(n others)".
         scheme: "int4 g64 asymmetric", or the dtypes of what is not quantized.
-        shape: (N, K), or None for several modules.
+        shape: (N, K), (E, N, K) for a stack of experts, or None for several modules.
         weights: how many weights.
         bytes: what they take on disk, scales and zero points included.
         error: relative output error on the calibration text, if a report lies beside it.
@@ -79,22 +82,23 @@ def inspect_checkpoint(folder: Path) -> list[StoredLayer]:
     config = _read_json(folder / "config.json").get("quantization_config")
     schemes = parse_config(config) if config else None
     report = read_report(folder) or {}
-    errors = {layer["name"]: layer.get("error") for layer in report.get("layers", [])}
+    errors = {_error_key(layer["name"]): layer["error"] for layer in report.get("layers", [])}
     rows: list[StoredLayer] = []
+    others = dict(headers)
     for key in sorted(headers, key=_natural):
-        name, _, last = key.rpartition(".")
-        scheme = schemes.scheme_for(name) if schemes and last == "weight_shape" else None
-        if scheme is not None:
-            parts = [t.nbytes for k, t in headers.items() if k.startswith(f"{name}.weight_")]
-            kind = "symmetric" if scheme.symmetric else "asymmetric"
-            group = "row" if scheme.group_size == -1 else f"g{scheme.group_size}"
-            label = f"int{scheme.bits} {group} {kind}"
-            shape = headers[key].value
-            rows.append(
-                StoredLayer(name, label, shape, math.prod(shape), sum(parts), errors.get(name))
-            )
-    packed = tuple(f"{row.name}.weight_" for row in rows)
-    others = {k: v for k, v in headers.items() if not (packed and k.startswith(packed))}
+        prefix = key.removesuffix("_packed")  # "...q_proj.weight", or "...experts.down_proj"
+        name = prefix.removesuffix(".weight")
+        scheme = schemes.scheme_for(name) if schemes and key != prefix else None
+        if scheme is None:
+            continue
+        parts = [others.pop(prefix + part).nbytes for part in _PARTS if prefix + part in others]
+        counts = headers[f"{prefix}_shape"].value
+        shape = (*headers[key].shape[:-2], *counts[:2])  # (N, K) or (E, N, K)
+        experts = range(shape[0]) if len(shape) == 3 else [None]
+        found = [errors[k] for e in experts if (k := _error_key(name, e)) in errors]
+        error = sum(found) / len(found) if found else None
+        label = _describe(scheme)
+        rows.append(StoredLayer(name, label, shape, math.prod(shape), sum(parts), error))
     if others:
         dtypes = ", ".join(sorted({tensor.dtype for tensor in others.values()}))
         weights = sum(math.prod(tensor.shape) for tensor in others.values())
@@ -149,9 +153,27 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     return made
 
 
+def _describe(scheme: QuantScheme) -> str:
+    group = "row" if scheme.group_size == -1 else f"g{scheme.group_size}"
+    return f"int{scheme.bits} {group} {'symmetric' if scheme.symmetric else 'asymmetric'}"
+
+
+def _error_key(name: str, expert: int | None = None) -> tuple[str, ...]:
+    """What a matrix has in common in the report and on disk.
+
+    The report knows the experts of a stack by number; on disk they may lie one by one under
+    other names, gate and up apart (gate_proj and up_proj, or w1 and w3; w2 is down).
+    """
+    if ".experts." not in name:
+        return (name,)
+    numbers = [part for part in name.split(".") if part.isdigit()]
+    numbers += [] if expert is None else [str(expert)]
+    return (*numbers, "down" if name.endswith(("down_proj", "w2")) else "gate_up")
+
+
 @dataclass(frozen=True)
 class _Header:
-    """What a safetensors file says of one tensor; `value` only of a `weight_shape`."""
+    """What a safetensors file says of one tensor; `value` only of a packed matrix's shape."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -177,7 +199,7 @@ def _tensor_headers(folder: Path) -> dict[str, _Header]:
             for name, entry in header.items():
                 start, stop = entry["data_offsets"]
                 value: tuple[int, ...] = ()
-                if name.endswith(".weight_shape") and entry["dtype"] in _INTEGERS:
+                if name.endswith("_shape") and entry["dtype"] in _INTEGERS:
                     stream.seek(8 + length + start)
                     count = (stop - start) // struct.calcsize(_INTEGERS[entry["dtype"]])
                     code = f"<{count}{_INTEGERS[entry['dtype']]}"

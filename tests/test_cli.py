@@ -14,7 +14,7 @@ from conftest import QUICK
 from zoo import save_tiny
 
 import llmq
-from llmq import demo
+from llmq import demo, showcase
 
 
 def test_quantize_eval_inspect_generate(run, model: Path, text: Path, tmp_path: Path) -> None:
@@ -134,16 +134,17 @@ def test_demo_compares_every_method(run, tmp_path, text, monkeypatch) -> None:
     monkeypatch.setattr(demo, "model_path", lambda: tiny)
     monkeypatch.setattr(demo, "calibration_path", lambda: text)
     monkeypatch.setattr(demo, "evaluation_path", lambda: text)
+    monkeypatch.setattr(showcase, "BITS", (4,))
     status, stdout, stderr = run("demo", "--out", tmp_path / "out", "--json")
     assert status == 0, stderr
     trials = json.loads(stdout.splitlines()[-1])["trials"]
     assert [trial["label"] for trial in trials] == ["full precision"] + [
-        f"{method} {bits}-bit g64" for bits in (4, 3) for method in ("rtn", "gptq", "awq")
+        f"{method} 4-bit g64" for method in ("rtn", "gptq", "awq")
     ]
     assert all(trial["kl"] > 0 for trial in trials[1:])
     assert all(4 < trial["bits_per_weight"] < 4.5 for trial in trials[1:4])
     assert sorted(os.listdir(tmp_path / "out")) == [
-        f"{method}-{bits}bit" for method in ("awq", "gptq", "rtn") for bits in (3, 4)
+        f"{method}-4bit" for method in ("awq", "gptq", "rtn")
     ]
     assert "perplexity" in stderr
 
