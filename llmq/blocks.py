@@ -212,6 +212,34 @@ def staged(
                     waiting[b] = runs[b].switch()
 
 
+@torch.no_grad()
+def head_inputs(
+    model: nn.Module, blocks: nn.ModuleList, batches: Sequence[Tensor], hidden: Sequence[Tensor]
+) -> Iterator[Tensor]:
+    """Per batch, what the output layer reads if the last block returned `hidden`."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    device, dtype = head.weight.device, head.weight.dtype
+    returns_tuple = _returns_tuple(model, blocks, batches[0][:1, :8])
+    current: list[Tensor] = []
+
+    def resume(_: Tensor) -> Any:
+        return (current[0], None) if returns_tuple else current[0]
+
+    stand_ins: list[nn.Module] = [_StandIn(block, [], resume) for block in blocks]
+    seen: list[Tensor] = []
+    catcher = nn.Identity()
+    catcher.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model.set_output_embeddings(catcher)  # type: ignore[operator]
+    try:
+        with replaced(blocks, stand_ins):
+            for ids, states in zip(batches, hidden, strict=True):
+                current[:] = [states.to(device, dtype)]
+                model(input_ids=ids, use_cache=False)
+                yield seen.pop()
+    finally:
+        model.set_output_embeddings(head)  # type: ignore[operator]
+
+
 def _cast(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
     if isinstance(value, Tensor):
         return value.to(device, dtype if value.is_floating_point() else value.dtype)

@@ -15,18 +15,19 @@ quantized, and each block runs once.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llmq.adapters import as_linears
+from llmq.adapters import as_linears, run_copy, run_dtype, shared_copy
 from llmq.blocks import (
     decoder_blocks,
+    head_inputs,
     linears,
     record_calls,
     shared_input_groups,
@@ -51,6 +52,8 @@ class Recipe:
         scheme: number format of every quantized linear.
         solver: how codes are found.
         awq: scale channels before solving, or None.
+        lm_head: whether the output layer is quantized too. If it is tied to the embeddings they
+            are untied: the embeddings stay as they are.
         skip: patterns of linears to leave as they are: a module name or the end of one, with
             shell wildcards ("model.layers.0.*", "down_proj", "*.mlp.*").
     """
@@ -59,6 +62,7 @@ class Recipe:
     solver: Solver = GPTQ()
     awq: AWQ | None = None
     skip: tuple[str, ...] = ()
+    lm_head: bool = False
 
     def scheme_for(self, name: str) -> QuantScheme | None:
         """The number format of the linear called `name`; None if it is skipped."""
@@ -88,14 +92,22 @@ class LayerReport:
     seconds: float
 
 
-def quantizable(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Names and shapes (N, K) of all matrices in the decoder blocks; stacks count once."""
+def quantizable(model: nn.Module, lm_head: bool = False) -> dict[str, tuple[int, int]]:
+    """Names and shapes (N, K) of all matrices in the decoder blocks; stacks count once.
+
+    With `lm_head`, the output layer too.
+    """
     name, blocks = decoder_blocks(model)
     found = {}
     for i, block in enumerate(blocks):
-        for linear, module in linears(as_linears(_shared_copy(block))).items():
-            N, K = module.weight.shape[-2:]
+        view = as_linears(shared_copy(block))
+        for linear in linears(view):
+            N, K = view.get_parameter(f"{linear}.weight").shape[-2:]
             found[f"{name}.{i}.{linear}"] = (N, K)
+    if lm_head:
+        head = _head_name(model)
+        N, K = model.get_parameter(f"{head}.weight").shape
+        found[head] = (N, K)
     return found
 
 
@@ -118,19 +130,19 @@ def quantize(
         SchemeError: the group size does not divide a layer; nothing has been changed then.
         NonFiniteError: an activation is NaN or infinite.
     """
-    check_groups(quantizable(model), recipe)
+    check_groups(quantizable(model, recipe.lm_head), recipe)
     prefix, blocks = decoder_blocks(model)
     recording = record_calls(model, blocks, batches)
     probes = record_calls(model, blocks, [batches[0][:1, :PROBE]])
     hidden = recording.hidden
     where = torch.device(device) if device is not None else hidden[0].device
-    dtype = _run_dtype(hidden[0].dtype, where)
+    dtype = run_dtype(hidden[0].dtype, where)
     for b, states in enumerate(hidden):
         hidden[b] = states.to(where, dtype)
 
     for i, block in enumerate(blocks):
-        view = as_linears(_shared_copy(block))  # the block's own tensors
-        work = _run_copy(view, where, dtype)  # what runs, and takes on quantized weights
+        view = as_linears(shared_copy(block))  # the block's own tensors
+        work = run_copy(view, where, dtype)  # what runs, and takes on quantized weights
         calls = [call.to(where, dtype) for call in recording.calls[i]]
         probe = (hidden[0][:1, :PROBE], probes.calls[i][0].to(where, dtype))
         names = {n: s for n in linears(view) if (s := recipe.scheme_for(f"{prefix}.{i}.{n}"))}
@@ -148,6 +160,8 @@ def quantize(
                 yield from (_named(r, f"{prefix}.{i}") for r in report)
         _pack(block, solved)
         recording.calls[i].clear()
+    if recipe.lm_head:
+        yield from _quantize_head(model, blocks, batches, hidden, recipe)
 
 
 def check_groups(shapes: dict[str, tuple[int, int]], recipe: Recipe) -> None:
@@ -174,13 +188,44 @@ def check_groups(shapes: dict[str, tuple[int, int]], recipe: Recipe) -> None:
     )
 
 
+def _quantize_head(
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    batches: Sequence[Tensor],
+    hidden: Sequence[Tensor],
+    recipe: Recipe,
+) -> Iterator[LayerReport]:
+    """Solve the output layer for what the quantized blocks feed it."""
+    name = _head_name(model)
+    scheme = recipe.scheme_for(name)
+    if scheme is None:
+        return
+    H, count = second_moment(head_inputs(model, blocks, batches, hidden))
+    W = model.get_parameter(f"{name}.weight").data
+    start = time.perf_counter()
+    q = recipe.solver.solve(W.to(H.device), H, scheme)
+    seconds = time.perf_counter() - start
+    packed = PackedLinear.from_quantized(q, getattr(model.get_submodule(name), "bias", None)).to(
+        W.device
+    )
+    packed.prepare()
+    model.set_output_embeddings(packed)  # type: ignore[operator]
+    error = relative_error(W.to(H.device), q, H)
+    yield LayerReport(name, q.shape, scheme, error, count, seconds)
+
+
+def _head_name(model: nn.Module) -> str:
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return next(name for name, module in model.named_modules() if module is head)
+
+
 def _moments(inputs: list[Tensor] | list[list[Tensor]], name: str) -> list[tuple[Tensor, int]]:
     """Second moment and token count of a linear's inputs, or of each expert's.
 
     Raises:
         NonFiniteError: names the linear.
     """
-    columns = [inputs] if isinstance(inputs[0], Tensor) else list(zip(*inputs, strict=True))
+    columns: list[Any] = [inputs] if isinstance(inputs[0], Tensor) else [*zip(*inputs, strict=True)]
     moments = [second_moment(column) for column in columns]
     if not all(bool(H.diagonal().isfinite().all()) for H, _ in moments):
         raise NonFiniteError(
@@ -237,7 +282,7 @@ def relative_error(W: Tensor, q: QuantizedWeight, H: Tensor) -> float:
 
 
 def _matrix(block: nn.Module, name: str, expert: int) -> Tensor:
-    weight = block.get_submodule(name).weight.data
+    weight = block.get_parameter(f"{name}.weight").data
     return weight[expert] if weight.ndim == 3 else weight
 
 
@@ -267,23 +312,3 @@ def _pack(block: nn.Module, solved: dict[str, list[QuantizedWeight]]) -> None:
 
 def _named(report: LayerReport, prefix: str) -> LayerReport:
     return LayerReport(**{**vars(report), "name": f"{prefix}.{report.name}"})
-
-
-def _shared_copy(block: nn.Module) -> nn.Module:
-    """A copy of a block's structure around the very same tensors."""
-    tensors = [*block.parameters(), *block.buffers()]
-    return copy.deepcopy(block, {id(t): t for t in tensors})
-
-
-def _run_copy(block: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A copy of a block on `device`, float16 parameters in `dtype`."""
-    work = copy.deepcopy(block).to(device)
-    for tensor in work.parameters():
-        if tensor.dtype == torch.float16:
-            tensor.data = tensor.data.to(dtype)
-    return work
-
-
-def _run_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """float16 is several times slower than bfloat16 on CPUs; calibration does not need it."""
-    return torch.bfloat16 if dtype == torch.float16 and device.type == "cpu" else dtype

@@ -1,11 +1,13 @@
 """Running blocks one at a time gives what the whole model gives, on every architecture."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 from zoo import ARCHITECTURES, tiny_model
 
-from llmq.adapters import RoutedLinear, as_linears
+from llmq.adapters import RoutedLinear, as_linears, shared_copy
 from llmq.blocks import (
     decoder_blocks,
     linears,
@@ -16,17 +18,16 @@ from llmq.blocks import (
 )
 from llmq.errors import SourceError
 from llmq.moments import second_moment, with_prior
-from llmq.quantize import _shared_copy
 
 
-def tokens(model: nn.Module, *shapes: tuple[int, int]) -> list[torch.Tensor]:
+def tokens(model: Any, *shapes: tuple[int, int]) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     vocab = model.config.vocab_size
     return [torch.randint(0, vocab, shape, generator=generator) for shape in shapes]
 
 
 @pytest.fixture(params=list(ARCHITECTURES))
-def model(request: pytest.FixtureRequest) -> nn.Module:
+def model(request: pytest.FixtureRequest) -> Any:
     return tiny_model(request.param, dtype=torch.float32).eval()
 
 
@@ -36,7 +37,7 @@ def test_replay_is_the_model(model):
     batches = tokens(model, (2, 24), (3, 17))
     recording = record_calls(model, blocks, batches)
     for b, ids in enumerate(batches):
-        seen = []
+        seen: list[torch.Tensor] = []
         handle = blocks[-1].register_forward_hook(
             lambda _, __, out, seen=seen: seen.append(out[0] if isinstance(out, tuple) else out)
         )
@@ -52,7 +53,7 @@ def test_replay_is_the_model(model):
 def test_a_staged_run_is_a_run_and_halts_at_every_matrix_once(model):
     _, blocks = decoder_blocks(model)
     recording = record_calls(model, blocks, tokens(model, (2, 24), (1, 9)))
-    block = as_linears(_shared_copy(blocks[0]))
+    block = as_linears(shared_copy(blocks[0]))
     expected = [
         run_block(block, h, c) for h, c in zip(recording.hidden, recording.calls[0], strict=True)
     ]
@@ -72,7 +73,8 @@ def test_later_groups_see_what_became_of_earlier_ones():
     model = tiny_model("llama", dtype=torch.float32).eval()
     _, blocks = decoder_blocks(model)
     recording = record_calls(model, blocks, tokens(model, (2, 16)))
-    block, hidden = blocks[0], list(recording.hidden)
+    block: Any = blocks[0]
+    hidden = list(recording.hidden)
     groups = shared_input_groups(block, hidden[0], recording.calls[0][0])
     assert groups == [
         ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
@@ -92,7 +94,7 @@ def test_later_groups_see_what_became_of_earlier_ones():
 
 def test_fused_experts_compute_the_same_function(model):
     _, blocks = decoder_blocks(model)
-    view = as_linears(_shared_copy(blocks[0]))
+    view = as_linears(shared_copy(blocks[0]))
     routed = [m for m in view.modules() if isinstance(m, RoutedLinear)]
     if not routed:
         pytest.skip("no experts")

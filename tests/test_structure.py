@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-import llmq
-
 ROOT = Path(__file__).parents[1]
 # A module may import modules of lower levels only.
 LEVELS = [

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llmq.adapters import RoutedLinear
 from llmq.blocks import Call, hooks, run_block
 from llmq.moments import second_moment
 from llmq.scheme import QuantScheme
@@ -85,7 +84,7 @@ class AWQ:
             factors = rms ** (step / self.steps)
             factors = factors / (factors.max() * factors.min()).sqrt()
             error = sum(
-                _expected_error(block.get_submodule(name), factors, H, schemes[name])
+                _expected_error(block.get_parameter(f"{name}.weight"), factors, H, schemes[name])
                 for name in pair.readers
                 if name in schemes
             )
@@ -94,10 +93,9 @@ class AWQ:
         return best
 
 
-def _expected_error(module: nn.Module, factors: Tensor, H: Tensor, scheme: QuantScheme) -> float:
-    matrices = module.weight if isinstance(module, RoutedLinear) else [module.weight]
+def _expected_error(weight: Tensor, factors: Tensor, H: Tensor, scheme: QuantScheme) -> float:
     total = 0.0
-    for W in matrices:
+    for W in weight if weight.ndim == 3 else [weight]:
         W = W.to(H.device)
         scaled = (W.float() * factors).to(W.dtype)
         rounded = RTN().solve(scaled, H, scheme).dequantize(torch.float32)
@@ -118,7 +116,7 @@ def _output_error(
     """Squared error of the block's output with the pair's readers rounded to nearest, in place."""
     for name in pair.readers:
         if name in schemes:
-            weight = trial.get_submodule(name).weight
+            weight = trial.get_parameter(f"{name}.weight")
             for W in weight if weight.ndim == 3 else [weight]:
                 W.data.copy_(RTN().solve(W.data, W.data, schemes[name]).dequantize())
     return float((run_block(trial, hidden, call).float() - target.float()).square().sum())
