@@ -21,7 +21,7 @@ from llmq import backends
 from llmq.errors import SchemeError
 from llmq.formats import compressed_tensors
 from llmq.formats.compressed_tensors import words
-from llmq.scheme import QuantizedWeight, QuantScheme
+from llmq.scheme import QuantizedWeight, QuantScheme, grouped, minmax_grid, round_to_grid
 
 STACKS: tuple[Literal["gate_up_proj", "down_proj"], ...] = ("gate_up_proj", "down_proj")
 
@@ -93,6 +93,17 @@ class PackedLinear(nn.Module):
         if bias is not None:
             layer.bias = _frozen(bias.detach().clone())
         return layer
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, scheme: QuantScheme) -> PackedLinear:
+        """Round a dense layer to nearest on the grid that just covers each group.
+
+        Raises:
+            SchemeError: the group size does not divide its `in_features`.
+        """
+        W = linear.weight.detach()
+        scale, zero = minmax_grid(grouped(W.float(), scheme), scheme, W.dtype)
+        return cls.from_quantized(round_to_grid(W, scale, zero, scheme, W.dtype), linear.bias)
 
     def quantized(self) -> QuantizedWeight:
         """The unpacked value, exactly as the solver returned it."""

@@ -79,7 +79,13 @@ def unpack_bits(packed: Tensor, bits: int, size: int, dim: int = -1) -> Tensor:
     Returns:
         uint8, contiguous, `size` codes along `dim`.
     """
-    packed = packed.movedim(dim, -1)
+    packed = packed.movedim(dim, -1).contiguous()
+    if bits == 8:
+        return packed.view(torch.uint8)[..., :size].movedim(-1, dim).contiguous()
+    if bits == 4:  # two codes per byte: spread each byte over 16 bits, low half first
+        pairs = packed.view(torch.uint8).to(torch.int16)
+        pairs = pairs.bitwise_or_(pairs << 4).bitwise_and_(0x0F0F)
+        return pairs.view(torch.uint8)[..., :size].movedim(-1, dim).contiguous()
     per_codes, per_words = _period(bits)
     padded = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % per_words))
     blocks = padded.unflatten(-1, (-1, per_words))  # (..., n/P, W)

@@ -1,0 +1,5 @@
+"""`python -m llmq` is the command `llmq`."""
+
+from llmq.cli import main
+
+main()

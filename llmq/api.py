@@ -1,0 +1,266 @@
+"""The three verbs of llmq: `quantize` a model into a folder, `evaluate` one, `load` one.
+
+The command line is a thin shell over these functions; options have the same names and defaults.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+import llmq
+from llmq import demo, hf
+from llmq.calibrate import adds_bos, token_windows
+from llmq.errors import CalibrationError, SchemeError, SourceError
+from llmq.evaluate import Evaluation, evaluate as measure, protocol
+from llmq.output import staged_folder, writing
+from llmq.progress import progress_bar
+from llmq.quantize import LayerReport, Recipe, check_groups, quantizable, quantize as run
+from llmq.report import (
+    bits_per_weight,
+    inspect_checkpoint,
+    layer_entry,
+    peak_memory_bytes,
+    write_report,
+)
+from llmq.scheme import QuantScheme
+from llmq.solvers.awq import AWQ
+from llmq.solvers.gptq import GPTQ
+from llmq.solvers.rtn import RTN
+from llmq.source import (
+    check_path,
+    context_length,
+    open_config,
+    open_model,
+    open_tokenizer,
+    pick_device,
+)
+from llmq.text import Source, describe
+
+METHODS = {
+    "rtn": (None, RTN()),
+    "gptq": (None, GPTQ()),
+    "awq": (AWQ(), RTN(search=True)),
+    "awq+gptq": (AWQ(), GPTQ()),
+}
+_RTN_SAMPLES = 8  # rounding needs no text; these only measure the error that it made
+_BATCH_TOKENS = 4096
+
+
+def quantize(
+    src: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    method: str = "gptq",
+    bits: int = 4,
+    group_size: int = 128,
+    symmetric: bool = False,
+    calibration: Source | None = None,
+    samples: int = 128,
+    seq_len: int | None = None,
+    skip: Sequence[str] = (),
+    device: str = "auto",
+    seed: int = 0,
+    join: str = "documents",
+    bos: bool | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Quantize a model and write it to a folder that transformers, vLLM and others load.
+
+    Args:
+        src: folder or Hub name of a full-precision causal language model.
+        out: folder to create; it must be absent or empty.
+        method: "rtn", "gptq", "awq" or "awq+gptq".
+        bits, group_size, symmetric: the number format, see `QuantScheme`.
+        calibration: text like that which the model will see, see `llmq.text`; None = a little
+            public-domain text that comes with llmq.
+        samples: windows of calibration text.
+        seq_len: tokens per window (default: 512, or the model's context if that is shorter).
+        skip: patterns of linears to leave in full precision: a module name or the end of one,
+            with shell wildcards ("down_proj", "model.layers.0.*").
+        device: where blocks are calibrated and solved; "auto" = the GPU if there is one.
+        seed: which windows of the text are used.
+        join: "wikitext" if `calibration` is a raw file of wikitext.
+        bos: start windows with BOS; None = if the tokenizer does so on its own.
+        progress: show a bar on standard error if that is a terminal.
+
+    Returns:
+        what was also written to quantization_report.json: settings, one entry per matrix,
+        bits_per_weight, seconds, peak_memory_bytes.
+
+    Raises:
+        LlmqError: see `llmq.errors`; nothing is left at `out` then.
+    """
+    start = time.perf_counter()
+    if method not in METHODS:
+        raise SchemeError(f"method={method!r}: use one of {', '.join(METHODS)}.")
+    awq, solver = METHODS[method]
+    recipe = Recipe(QuantScheme(bits, group_size, symmetric), solver, awq, tuple(skip))
+    with staged_folder(out) as folder:
+        name = check_path(src)
+        config = open_config(name)
+        if getattr(config, "quantization_config", None):
+            raise SourceError(f"{name}: already quantized. Give the full-precision model.")
+        tokenizer = open_tokenizer(name)
+        where = pick_device(device)
+        seq_len = _window_length(config, seq_len, 512)
+        bos = adds_bos(tokenizer) if bos is None else bos
+        windows = token_windows(
+            demo.calibration_path() if calibration is None else calibration,
+            tokenizer,
+            seq_len=seq_len,
+            samples=min(samples, _RTN_SAMPLES) if method == "rtn" else samples,
+            seed=seed,
+            join=join,
+            bos=bos,
+            short_ok=calibration is None,
+        )
+        _check_vocabulary(windows, config)
+        model = open_model(name)
+        names = quantizable(model)
+        check_groups(names, recipe)
+        if not any(recipe.scheme_for(n) for n in names):
+            raise SchemeError(f"skip={list(skip)}: nothing is left to quantize.")
+        batches = windows.split(max(1, _BATCH_TOKENS // seq_len))
+        reports = run(model, batches, recipe, where)
+        layers = list(_watched(reports, sum(map(bool, map(recipe.scheme_for, names))), progress))
+        with writing(out):
+            hf.save(model, folder, source=name)
+        report = {
+            "llmq": llmq.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "source": name,
+            "method": method,
+            "bits": bits,
+            "group_size": group_size,
+            "symmetric": symmetric,
+            "skip": list(skip),
+            "calibration": {
+                "text": "embedded" if calibration is None else describe(calibration),
+                "windows": len(windows),
+                "seq_len": seq_len,
+                "tokens": windows.numel(),
+                "bos": bos,
+                "join": join,
+                "seed": seed,
+            },
+            "bits_per_weight": bits_per_weight(inspect_checkpoint(folder)),
+            "seconds": time.perf_counter() - start,
+            "peak_memory_bytes": peak_memory_bytes(where),
+            "layers": [layer_entry(layer) for layer in layers],
+        }
+        with writing(out):
+            write_report(folder, report)
+    return report
+
+
+def evaluate(
+    model: str | os.PathLike[str] | nn.Module,
+    text: Source | None = None,
+    *,
+    tokenizer: Any = None,
+    seq_len: int | None = None,
+    windows: int | None = None,
+    reference: str | os.PathLike[str] | nn.Module | None = None,
+    join: str = "documents",
+    bos: bool = False,
+    device: str = "auto",
+    progress: bool = False,
+) -> Evaluation:
+    """Perplexity of a model on a text and, with a reference, how far it moved from that.
+
+    Args:
+        model: folder, Hub name or model object, quantized or not.
+        text: see `llmq.text`; None = a little public-domain text that comes with llmq.
+        tokenizer: for a model object and text; token ids need none.
+        seq_len: window length (default: 2048, or the model's context if that is shorter).
+        windows: how many, from the start of the text; None = all.
+        reference: the full-precision model: folder, Hub name or object.
+        join: "wikitext" if `text` is a raw file of wikitext and rows shall be joined as in the
+            GPTQ paper.
+        bos: start every window with BOS. The paper does not; Gemma needs it.
+        device: "auto" = the GPU if there is one. A model object stays where it is.
+        progress: show a bar on standard error if that is a terminal.
+
+    Raises:
+        LlmqError: see `llmq.errors`.
+    """
+    start = time.perf_counter()
+    where = pick_device(device)
+    name = None if isinstance(model, nn.Module) else check_path(model)
+    config = model.config if name is None else open_config(name)  # type: ignore[union-attr]
+    if name is not None and tokenizer is None:
+        tokenizer = open_tokenizer(name)
+    seq_len = _window_length(config, seq_len, 2048)
+    chosen = demo.evaluation_path() if text is None else text
+    ids = token_windows(chosen, tokenizer, seq_len=seq_len, samples=windows, join=join, bos=bos)
+    _check_vocabulary(ids, config)
+    if isinstance(reference, str | os.PathLike):
+        reference = open_model(check_path(reference), where)
+    loaded = open_model(name, where) if name is not None else model
+    assert isinstance(loaded, nn.Module)
+    found = measure(loaded, ids, reference, progress=progress)
+    described = "llmq's own text" if text is None else describe(text)
+    return dataclasses.replace(
+        found,
+        seconds=time.perf_counter() - start,
+        protocol=protocol(described, len(ids), seq_len, join=join, bos=bos),
+        bits_per_weight=_stored_bits(name),
+        peak_memory_bytes=peak_memory_bytes(where),
+    )
+
+
+def load(path: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
+    """A model of transformers, ready to use; weights that are packed on disk stay packed.
+
+    Args:
+        path: folder or Hub name, quantized by llmq or any tool that writes compressed-tensors.
+        **kwargs: passed on to `from_pretrained`.
+    """
+    return hf.load(check_path(path), **kwargs)
+
+
+def _watched(reports: Iterable[LayerReport], total: int, show: bool) -> Iterator[LayerReport]:
+    """Pass reports on under a progress bar; all experts of a stack count as one matrix."""
+    seen: set[str] = set()
+    with progress_bar("Quantizing", total, show=show) as advance:
+        for report in reports:
+            seen.add(re.sub(r"\.\d+\.(gate_up_proj|down_proj)$", r".\1", report.name))
+            advance(len(seen))
+            yield report
+
+
+def _window_length(config: Any, seq_len: int | None, default: int) -> int:
+    limit = context_length(config)
+    if seq_len is None:
+        return min(default, limit or default)
+    if limit is not None and seq_len > limit:
+        raise CalibrationError(f"seq_len={seq_len}: this model has a context of {limit} tokens.")
+    return seq_len
+
+
+def _check_vocabulary(windows: torch.Tensor, config: Any) -> None:
+    size = config.get_text_config().vocab_size
+    low, high = int(windows.min()), int(windows.max())
+    if low < 0 or high >= size:
+        raise CalibrationError(
+            f"Token ids reach from {low} to {high}, but the model knows 0 to {size - 1}. "
+            "Use this model's own tokenizer."
+        )
+
+
+def _stored_bits(name: str | None) -> float | None:
+    """Bits per weight of a checkpoint in a local folder; else not known."""
+    if name is None or not any(Path(name).glob("*.safetensors")):
+        return None
+    return bits_per_weight(inspect_checkpoint(Path(name)))

@@ -1,0 +1,299 @@
+"""The command `llmq`: a thin shell over `llmq.api`.
+
+Nothing heavy is imported before a command runs, so that `llmq --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmq import cli_help
+from llmq.errors import LlmqError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Start with: [bold]llmq demo[/bold]",
+)
+
+
+class Method(str, Enum):
+    """How codes are found."""
+
+    rtn = "rtn"
+    gptq = "gptq"
+    awq = "awq"
+    awq_gptq = "awq+gptq"
+
+
+class Join(str, Enum):
+    """How documents become one text."""
+
+    documents = "documents"
+    wikitext = "wikitext"
+
+
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; auto = the GPU if there is one.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="End standard output with one JSON object on one line.")
+]
+JoinOption = Annotated[
+    Join, typer.Option(help="wikitext: the text is a raw file of wikitext; join rows as papers do.")
+]
+Bos = Annotated[bool | None, typer.Option("--bos/--no-bos", help="Start windows with BOS.")]
+
+
+@app.callback(invoke_without_command=True, help=cli_help.ROOT)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        from llmq import __version__
+
+        print(f"llmq {__version__}")
+        raise typer.Exit
+
+
+@app.command(help=cli_help.QUANTIZE)
+def quantize(
+    src: Annotated[str, typer.Argument(help="Full-precision model: folder or Hub name.")],
+    out: Annotated[Path, typer.Argument(help="Folder to create.")],
+    method: Annotated[Method, typer.Option(help="How codes are found, see above.")] = Method.gptq,
+    bits: Annotated[int, typer.Option(help="8, 4, 3 or 2 bits per weight.")] = 4,
+    group_size: Annotated[
+        int, typer.Option(help="Weights that share a scale: 32, 64, 128; -1 = a whole row.")
+    ] = 128,
+    symmetric: Annotated[
+        bool, typer.Option("--symmetric/--asymmetric", help="Without or with zero points.")
+    ] = False,
+    calibration: Annotated[
+        str | None, typer.Option(help=f"Text to calibrate on: {cli_help.TEXT}")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 128,
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens per window. (default: 512, or the model's limit)")
+    ] = None,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Layers to leave as they are; repeatable."),
+    ] = None,
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(help="Which windows of the text are used.")] = 0,
+    join: JoinOption = Join.documents,
+    bos: Bos = None,
+    as_json: AsJson = False,
+) -> None:
+    console = _start(as_json)
+    if calibration is None and method is not Method.rtn:
+        console.print(
+            "Calibrating on the small text that comes with llmq: "
+            "--calibration with text of your own domain is better.",
+            style="yellow",
+        )
+    from llmq import api
+    from llmq.report import size, table
+
+    report = api.quantize(
+        src,
+        out,
+        method=method.value,
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        calibration=calibration,
+        samples=samples,
+        seq_len=seq_len,
+        skip=skip or (),
+        device=device,
+        seed=seed,
+        join=join.value,
+        bos=bos,
+        progress=True,
+    )
+    layers = report.pop("layers")
+    worst = sorted(layers, key=lambda layer: -layer["error"])[:5]
+    rows = [(layer["name"], f"{layer['error']:.2e}") for layer in worst]
+    console.print(table("Largest relative output errors", ["layer", "error"], rows))
+    used = report["calibration"]
+    console.print(
+        f"{out}: {len(layers)} matrices at {report['bits_per_weight']:.2f} bits per weight, "
+        f"{used['windows']} windows of {used['seq_len']} tokens, {report['seconds']:.1f} s, "
+        f"peak memory {size(report['peak_memory_bytes'])}.\n"
+        f"Next: llmq eval {out} --text HELD_OUT.txt --reference {src}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    _finish(report, as_json)
+
+
+@app.command("eval", help=cli_help.EVAL)
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Quantized or not: folder or Hub name.")],
+    text: Annotated[
+        str | None, typer.Option(help=f"Text the model has not seen: {cli_help.TEXT}")
+    ] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(help="Window length. (default: 2048, or the model's limit)")
+    ] = None,
+    windows: Annotated[
+        int | None, typer.Option(help="How many, from the start. (default: all)")
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="The full-precision model, for KL and top-1 agreement.")
+    ] = None,
+    join: JoinOption = Join.documents,
+    bos: Bos = False,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    console = _start(as_json)
+    from llmq import api
+    from llmq.report import table, with_error
+
+    found = api.evaluate(
+        model,
+        text,
+        seq_len=seq_len,
+        windows=windows,
+        reference=reference,
+        join=join.value,
+        bos=bool(bos),
+        device=device,
+        progress=True,
+    )
+    rows = [("perplexity", with_error(found.perplexity, found.perplexity_stderr))]
+    if found.kl is not None:
+        rows.append(
+            ("KL to the reference (nats per token)", with_error(found.kl, found.kl_stderr, 5))
+        )
+        rows.append(("top-1 agreement", with_error(found.top1, found.top1_stderr, 4)))
+    if found.bits_per_weight is not None:
+        rows.append(("bits per weight", f"{found.bits_per_weight:.2f}"))
+    console.print(table("", ["measure", "value"], rows))
+    console.print(found.protocol, highlight=False, soft_wrap=True)
+    _finish(found.to_json(), as_json)
+
+
+@app.command(help=cli_help.GENERATE)
+def generate(
+    model: Annotated[str, typer.Argument(help="Quantized or not: folder or Hub name.")],
+    prompt: Annotated[str, typer.Option(help="Where the text starts.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 100,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 = always the likeliest token; 0.7 = livelier.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
+    chat: Annotated[bool, typer.Option(help="Use the chat template; for instruct models.")] = False,
+    device: Device = "auto",
+) -> None:
+    _start(False)
+    from llmq import generate as writer
+    from llmq.source import check_path, open_model, open_tokenizer, pick_device
+
+    name, where = check_path(model), pick_device(device)
+    tokenizer = open_tokenizer(name)
+    loaded = open_model(name, where)
+    print(
+        writer.generate(
+            loaded,
+            tokenizer,
+            prompt,
+            max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            chat=chat,
+        )
+    )
+
+
+@app.command(help=cli_help.INSPECT)
+def inspect(
+    model: Annotated[Path, typer.Argument(help="Folder of a checkpoint, quantized or not.")],
+    as_json: AsJson = False,
+) -> None:
+    console = _start(as_json)
+    from llmq.report import bits_per_weight, inspect_checkpoint, size, table
+
+    layers = inspect_checkpoint(model)
+    rows = [
+        (
+            layer.name,
+            layer.scheme,
+            "x".join(map(str, layer.shape)) if layer.shape else f"{layer.weights} weights",
+            size(layer.bytes),
+            "-" if layer.error is None else f"{layer.error:.2e}",
+        )
+        for layer in layers
+    ]
+    console.print(table("", ["layer", "format", "shape", "size", "error"], rows))
+    total = sum(layer.bytes for layer in layers)
+    bits = bits_per_weight(layers)
+    console.print(f"{size(total)}; {bits:.3f} bits per quantized weight.", highlight=False)
+    entries = [asdict(layer) for layer in layers]
+    _finish({"bits_per_weight": bits, "bytes": total, "layers": entries}, as_json)
+
+
+@app.command(help=cli_help.DEMO)
+def demo(
+    out: Annotated[
+        Path | None, typer.Option(help="Keep the checkpoints here. (default: a temporary folder)")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    console = _start(as_json)
+    from llmq import showcase
+
+    with showcase.output_folder(out) as folder:
+        trials = []
+        for trial in showcase.run(folder):
+            trials.append(trial)
+            if len(trials) > 1:
+                console.print(f"{trial.label}: quantized, saved, loaded, measured.", style="dim")
+        text = showcase.sample(folder / "gptq-4bit")
+    console.print(showcase.as_table(trials))
+    console.print(trials[0].result.protocol, highlight=False, soft_wrap=True)
+    console.print("\ngptq 4-bit g64 writes:", style="bold")
+    console.print(text, markup=False, highlight=False)
+    entries = [
+        {"label": t.label, "bytes": t.bytes, **t.result.to_json(), "seconds": t.seconds}
+        for t in trials
+    ]
+    _finish({"trials": entries}, as_json)
+
+
+def _start(as_json: bool) -> Console:
+    """Keep the libraries quiet; where people read: standard error if a program reads the output."""
+    from rich.console import Console
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return Console(stderr=as_json)
+
+
+def _finish(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result, allow_nan=False, default=str))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; every failure that is the user's becomes one line and status 1."""
+    try:
+        app(arguments)
+    except LlmqError as error:
+        print("llmq: " + " ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(1) from None

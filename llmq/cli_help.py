@@ -1,0 +1,64 @@
+"""The help pages of the command `llmq`: one paragraph a line, wrapped by whoever prints it."""
+
+ROOT = """Make a language model four times smaller, and say honestly what was lost.
+
+[bold]1.[/bold] llmq quantize MODEL OUT --calibration text.txt
+[bold]2.[/bold] llmq eval OUT --text held-out.txt --reference MODEL
+[bold]3.[/bold] llmq generate OUT --prompt "Once upon a time"
+
+MODEL is a folder or a name on the Hub; OUT loads in transformers, vLLM and SGLang as it is."""
+
+QUANTIZE = (
+    "Quantize a model.\n\n"
+    "[bold]Which method?[/bold] gptq (the default) loses least for its time. awq+gptq takes "
+    "longer and helps models with large activation outliers. awq is the same scaling with plain "
+    "rounding. rtn needs no text and takes seconds: fine at 8 bits, poor at 3.\n\n"
+    "[bold]Which bits?[/bold] 8: no visible loss. 4: the usual choice. 3 and 2: measure first. "
+    "Smaller groups lose less and cost more: 4 bits in groups of 128 take 4.16 bits per weight, "
+    "in groups of 32 4.63.\n\n"
+    "[bold]Which text?[/bold] Text like that which the model will see, 65,000 tokens or more; "
+    "never the text you evaluate on.\n\n"
+    "[bold]Examples[/bold]\n\n"
+    "llmq quantize ./model ./model-4bit --calibration c4.txt\n\n"
+    "llmq quantize Qwen/Qwen3-8B ./qwen3 --method awq+gptq --calibration chats.jsonl\n\n"
+    "llmq quantize ./model ./out --bits 3 --group-size 32 --skip down_proj"
+)
+
+EVAL = (
+    "Measure a model on a text.\n\n"
+    "[bold]Perplexity[/bold] depends on the tokenizer and on the window length: compare only "
+    "numbers of one protocol. [bold]KL[/bold] to the full-precision model is the sharpest measure "
+    "of what quantization did: it needs far less text than perplexity for the same "
+    "certainty.\n\n"
+    "[bold]Examples[/bold]\n\n"
+    "llmq eval ./model-4bit --text held-out.txt --reference ./model\n\n"
+    "As in papers: llmq eval ./model --text wiki.test.raw --join wikitext --seq-len 2048\n\n"
+    "Gemma needs BOS: llmq eval google/gemma-3-1b-pt --text held-out.txt --bos"
+)
+
+GENERATE = (
+    "Let a model write.\n\n"
+    "[bold]Examples[/bold]\n\n"
+    'llmq generate ./model-4bit --prompt "The history of the city"\n\n'
+    'llmq generate ./model-4bit --prompt "Why is the sky blue?" --chat --temperature 0.7'
+)
+
+INSPECT = (
+    "Show every layer of a checkpoint: number format, shape, size, error.\n\n"
+    "Only headers are read. The error is that of the layer's output on the calibration text, "
+    "relative to the output, from the report that llmq quantize left in the folder.\n\n"
+    "[bold]Example[/bold]\n\n"
+    "llmq inspect ./model-4bit"
+)
+
+DEMO = (
+    "Quantize a tiny trained model in every way and compare: offline, under a minute.\n\n"
+    "The model is a Llama of one million parameters that comes with llmq. Every row of the table "
+    "was saved as a checkpoint, loaded back through from_pretrained and measured on text that "
+    "the model has never seen."
+)
+
+TEXT = (
+    "a .txt, .jsonl (text or messages) or .parquet file, a saved dataset, or "
+    "NAME:CONFIG:SPLIT of the Hub."
+)

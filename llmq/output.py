@@ -1,0 +1,56 @@
+"""An output folder that is there as a whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from llmq.errors import OutputError
+
+
+@contextmanager
+def staged_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
+    """A hidden folder to fill, which becomes `out` if the `with` ends without an exception.
+
+    It lies on the file system of `out`, so that the last step is a rename. After any exception,
+    Ctrl-C included, nothing is left of it.
+
+    Raises:
+        OutputError: `out` is a file or a folder that is not empty, or nothing can be written.
+    """
+    target = Path(out).expanduser().resolve()
+    if target.is_dir() and any(target.iterdir()):
+        raise OutputError(f"{out}: this folder is not empty. Choose a new one or empty it.")
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"{out}: a file with this name exists. Choose another name.")
+    ancestor = next(parent for parent in target.parents if parent.exists())
+    stage = ancestor / f".{target.name}.partial-{os.getpid()}"
+    try:
+        stage.mkdir()
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be created: {error.strerror}.") from error
+    try:
+        yield stage
+        with writing(out):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            stage.replace(target)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextmanager
+def writing(out: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn what goes wrong while writing (disk full, no permission, ...) into an OutputError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OutputError(
+            f"{out}: cannot be written: {reason}. Nothing was kept; free some space or choose "
+            "another folder."
+        ) from error

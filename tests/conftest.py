@@ -1,0 +1,65 @@
+"""Fixtures for tests of the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers.utils import logging
+from zoo import save_tiny, tiny_text
+
+from llmq.cli import main
+
+QUICK = ["--samples", "4", "--seq-len", "64", "--group-size", "64"]
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama in bf16 and its tokenizer."""
+    return save_tiny("llama", tmp_path_factory.mktemp("cli") / "model", torch.bfloat16)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text that is long enough."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(tiny_text(300))
+    return path
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]):
+    """Run the command in this process: (status, stdout, stderr)."""
+    verbosity = logging.get_verbosity()
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        status = 0
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as error:
+            status = error.code if isinstance(error.code, int) else 0
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    yield run
+    logging.set_verbosity(verbosity)  # the command line keeps transformers quiet
+    logging.enable_progress_bar()
+
+
+@pytest.fixture
+def refused(run, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    """`llmq quantize` that must fail with one line and leave nothing; the line."""
+
+    def refused(src: object, *options: object, out: Path | None = None) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        capsys.readouterr()
+        status, stdout, stderr = run("quantize", src, out or tmp_path / "out", *QUICK, *options)
+        assert status == 1
+        assert stderr.startswith("llmq: ")
+        assert stderr.count("\n") == 1
+        assert "Traceback" not in stdout + stderr
+        assert sorted(tmp_path.rglob("*")) == before
+        return stderr
+
+    return refused

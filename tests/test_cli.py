@@ -1,0 +1,156 @@
+"""The command line: what it prints, what it leaves behind, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import QUICK
+from zoo import save_tiny
+
+import llmq
+from llmq import demo, showcase
+
+
+def test_quantize_eval_inspect_generate(run, model: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    status, stdout, stderr = run(
+        "quantize", model, out, "--calibration", text, "--skip", "down_proj", "--json", *QUICK
+    )
+    assert status == 0, stderr
+    report = json.loads(stdout.splitlines()[-1])
+    assert stdout.count("\n") == 1  # tables went to standard error
+    assert report["bits_per_weight"] == pytest.approx(4.34, abs=0.05)
+    assert report["calibration"]["tokens"] == 4 * 64
+    assert {"seconds", "peak_memory_bytes"} <= report.keys()
+    written = json.loads((out / "quantization_report.json").read_text())
+    assert len(written["layers"]) == 12
+    assert all(layer["error"] < 0.05 for layer in written["layers"])
+    assert os.listdir(tmp_path) == ["out"]
+
+    status, stdout, _ = run(
+        "eval", out, "--text", text, "--seq-len", "64", "--windows", "6", "--reference", model
+    )
+    assert status == 0
+    assert "6 non-overlapping windows of 64 tokens, no BOS, 378 tokens scored" in stdout
+    status, stdout, _ = run(
+        "eval", out, "--text", text, "--seq-len", "64", "--reference", model, "--json"
+    )
+    found = json.loads(stdout.splitlines()[-1])
+    assert found["bits_per_weight"] == report["bits_per_weight"]
+    assert 0 < found["kl"] < 0.1
+    assert 0.5 < found["top1"] <= 1
+    keys = {"perplexity", "perplexity_stderr", "tokens", "seconds", "peak_memory_bytes"}
+    assert keys <= found.keys()
+    same = llmq.evaluate(out, text, seq_len=64, reference=model)
+    assert (same.perplexity, same.kl) == (found["perplexity"], found["kl"])
+
+    status, stdout, _ = run("inspect", out, "--json")
+    layers = {layer["name"]: layer for layer in json.loads(stdout.splitlines()[-1])["layers"]}
+    assert layers["model.layers.0.mlp.up_proj"]["scheme"] == "int4 g64 asymmetric"
+    assert layers["model.layers.0.mlp.up_proj"]["error"] > 0
+    assert "model.layers.0.mlp.down_proj" not in layers  # skipped
+    assert run("inspect", out)[0] == run("inspect", model)[0] == 0
+
+    state = torch.get_rng_state()
+    once = run("generate", out, "--prompt", "The", "--temperature", "1", "--max-new-tokens", "8")
+    again = run("generate", out, "--prompt", "The", "--temperature", "1", "--max-new-tokens", "8")
+    assert once == again
+    assert once[0] == 0
+    assert once[1].startswith("The")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("method", ["rtn", "awq", "awq+gptq"])
+def test_every_method_runs_from_the_command_line(run, model, text, tmp_path, method) -> None:
+    options = ["--method", method, "--calibration", text, "--bits", "3", "--symmetric", *QUICK]
+    status, _, stderr = run("quantize", model, tmp_path / "out", *options)
+    assert status == 0, stderr
+    report = json.loads((tmp_path / "out" / "quantization_report.json").read_text())
+    assert (report["method"], report["bits"], report["symmetric"]) == (method, 3, True)
+
+
+def test_python_and_the_command_write_the_same_bytes(run, model, text, tmp_path) -> None:
+    run("quantize", model, tmp_path / "a", "--calibration", text, *QUICK)
+    llmq.quantize(
+        model, tmp_path / "b", calibration=str(text), samples=4, seq_len=64, group_size=64
+    )
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_the_embedded_text_is_the_default_and_says_so(run, model, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "calibration_path", lambda: text)
+    # Far less text than 128 windows: what there is must do.
+    options = ["--group-size", "64", "--seq-len", "128"]
+    status, stdout, stderr = run("quantize", model, tmp_path / "out", *options)
+    assert status == 0, stderr
+    assert "--calibration with text of your own domain is better" in " ".join(stdout.split())
+    report = json.loads((tmp_path / "out" / "quantization_report.json").read_text())
+    assert report["calibration"]["text"] == "embedded"
+    assert 1 <= report["calibration"]["windows"] < 128
+
+
+def test_token_ids_calibrate_too(model, tmp_path) -> None:
+    ids = torch.randint(0, 384, (4, 64), generator=torch.Generator().manual_seed(0))
+    report = llmq.quantize(
+        model, tmp_path / "out", calibration=ids, samples=4, seq_len=64, group_size=64
+    )
+    assert report["calibration"]["text"] == "token ids (4, 64)"
+    with pytest.raises(llmq.LlmqError, match="the model knows 0 to 383"):
+        llmq.quantize(
+            model, tmp_path / "b", calibration=ids + 9, samples=4, seq_len=64, group_size=64
+        )
+
+
+def test_help_is_quick_and_teaches() -> None:
+    code = (
+        "import sys, time; from llmq.cli import main\n"
+        "for command in ([], ['quantize'], ['eval'], ['generate'], ['inspect'], ['demo']):\n"
+        "    try: main([*command, '--help'])\n"
+        "    except SystemExit as end: assert not end.code, end.code\n"
+        "    if not command: took = time.process_time()\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'datasets'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "assert took < 0.5, took"
+    )
+    environment = {**os.environ, "COLUMNS": "100", "TERM": "dumb"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for word in ("Which method?", "Which bits?", "Examples", "llmq demo", "--skip", "wikitext"):
+        assert word in done.stdout
+
+
+def test_demo_compares_every_method(run, tmp_path, text, monkeypatch) -> None:
+    """With a tiny random model in place of the embedded one."""
+    tiny = save_tiny("llama", tmp_path / "model", torch.bfloat16, max_position_embeddings=256)
+    monkeypatch.setattr(demo, "model_path", lambda: tiny)
+    monkeypatch.setattr(demo, "calibration_path", lambda: text)
+    monkeypatch.setattr(demo, "evaluation_path", lambda: text)
+    monkeypatch.setattr(showcase, "BITS", (4,))
+    status, stdout, stderr = run("demo", "--out", tmp_path / "out", "--json")
+    assert status == 0, stderr
+    trials = json.loads(stdout.splitlines()[-1])["trials"]
+    assert [trial["label"] for trial in trials] == ["full precision"] + [
+        f"{method} 4-bit g64" for method in ("rtn", "gptq", "awq")
+    ]
+    assert all(trial["kl"] > 0 for trial in trials[1:])
+    assert all(4 < trial["bits_per_weight"] < 4.5 for trial in trials[1:4])
+    assert sorted(os.listdir(tmp_path / "out")) == [
+        f"{method}-4bit" for method in ("awq", "gptq", "rtn")
+    ]
+    assert "perplexity" in stderr
+
+
+def test_a_missing_demo_model_is_one_clear_error(run, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(demo, "model_path", lambda: tmp_path / "nothing")
+    status, _, stderr = run("demo")
+    assert (status, stderr.count("\n")) == (1, 1)
+    assert "reinstall" in stderr
