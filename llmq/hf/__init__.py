@@ -12,8 +12,8 @@ integer weight-only compressed-tensors checkpoints packed. Other compressed-tens
 
 from llmq.hf.loading import load, take_over
 from llmq.hf.quantizer import LlmqConfig, attach
-from llmq.hf.saving import check_output, save
+from llmq.hf.saving import save
 
-__all__ = ["LlmqConfig", "attach", "check_output", "load", "save"]
+__all__ = ["LlmqConfig", "attach", "load", "save"]
 
 take_over()

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
-from llmq.errors import OutputError, SourceError
+from llmq.errors import SourceError
 from llmq.formats import compressed_tensors
 from llmq.hf.quantizer import attach
+from llmq.output import staged_folder, writing
 
 # What is copied from the original besides config.json and weights.
 COMPANIONS = (
@@ -72,10 +71,9 @@ def save(
         OutputError: `out` is in the way or cannot be written; nothing is left behind.
         SourceError: `source` has no config.json, or weights of `model` are offloaded.
     """
-    check_output(out)
     attach(model)
     original = None if source is None else _original(source)
-    with _appears_whole(Path(out)) as folder:
+    with staged_folder(out) as folder, writing(out):
         _write_weights(folder, _tensors(model, original), max_shard_size)
         if original is None:
             if model.can_generate():
@@ -105,42 +103,6 @@ def _original(source: str | Path) -> Path:
     if not (folder / "config.json").is_file():
         raise SourceError(f"{source}: has no config.json.")
     return folder
-
-
-def check_output(out: str | Path) -> None:
-    """Refuse a folder that could not be written; call it before long work.
-
-    Raises:
-        OutputError: `out` exists and is not an empty folder.
-    """
-    out = Path(out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise OutputError(f"{out}: exists and is not an empty folder. Choose another, or empty it.")
-
-
-@contextmanager
-def _appears_whole(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that becomes `out` at the end, or vanishes on any failure."""
-    created = [parent for parent in out.absolute().parents if not parent.exists()]
-    folder = out.absolute().with_name(f".{out.name}.{uuid.uuid4().hex[:8]}")
-    done = False
-    try:
-        folder.mkdir(parents=True)
-        yield folder
-        if out.exists():
-            out.rmdir()
-        folder.rename(out)
-        done = True
-    except (OSError, SafetensorError) as error:
-        raise OutputError(
-            f"{out}: cannot be written ({error}). Nothing was left behind."
-        ) from error
-    finally:
-        if not done:
-            shutil.rmtree(folder, ignore_errors=True)
-            for parent in created:
-                with suppress(OSError):  # not created yet, or used by somebody else by now
-                    parent.rmdir()
 
 
 def _tensors(model: Any, original: Path | None) -> dict[str, Tensor]:
