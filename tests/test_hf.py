@@ -13,10 +13,12 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import zoo
+from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -28,7 +30,11 @@ from transformers import (
     PreTrainedModel,
     pipeline,
 )
-from transformers.quantizers.auto import AutoQuantizationConfig
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AutoQuantizationConfig,
+)
+from transformers.utils import hub
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
 from llmq import hf
@@ -65,7 +71,7 @@ def packed(
     return model
 
 
-def with_packed_head(model: PreTrainedModel, scheme: QuantScheme = ASYMMETRIC) -> PreTrainedModel:
+def with_packed_head(model: Any, scheme: QuantScheme = ASYMMETRIC) -> Any:
     head = model.get_output_embeddings()
     W = head.weight.detach()
     q = RTN().solve(W, torch.eye(W.shape[1]), scheme)
@@ -114,42 +120,34 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Pa
 @pytest.mark.parametrize("scheme", [SYMMETRIC, ASYMMETRIC], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("name", zoo.ARCHITECTURES)
 def test_saved_and_loaded_logits_are_bit_identical(name, scheme, tmp_path):
-    model = packed(name, scheme)
+    source = zoo.save_tiny(name, tmp_path / "source", torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    list(quantize(model, [zoo.tiny_ids()], Recipe(scheme, RTN())))
     expected = logits(model)
-    loaded = AutoModelForCausalLM.from_pretrained(hf.save(model, tmp_path / "a"))
+    saved = hf.save(model, tmp_path / "a", source=source)
+
+    loaded = AutoModelForCausalLM.from_pretrained(saved)
     kinds = [type(module) for _, module in packed_modules(loaded)]
     assert kinds == [type(module) for _, module in packed_modules(model)]
     assert (PackedExperts in kinds) == (name in ("mixtral", "qwen3_moe", "gpt_oss"))
-    dense = [n for n, m in loaded.named_modules() if isinstance(m, nn.Linear)]
-    assert dense == ["lm_head"]
+    assert [n for n, m in loaded.named_modules() if isinstance(m, nn.Linear)] == ["lm_head"]
     assert torch.equal(logits(loaded), expected)
     assert all(not p.requires_grad for _, m in packed_modules(loaded) for p in m.parameters())
 
-    loaded.save_pretrained(tmp_path / "b")
-    assert {p.name for p in (tmp_path / "a").iterdir()} == {
-        p.name for p in (tmp_path / "b").iterdir()
-    }
-    assert_same_tensors(tensors(tmp_path / "a"), tensors(tmp_path / "b"))
-    assert read_config(tmp_path / "a") == read_config(tmp_path / "b")
-
-
-@pytest.mark.parametrize("name", zoo.ARCHITECTURES)
-def test_keys_are_the_originals_with_packed_suffixes(name, tmp_path):
-    source = zoo.save_tiny(name, tmp_path / "source", torch.bfloat16)
-    model = AutoModelForCausalLM.from_pretrained(source)
-    list(quantize(model, [zoo.tiny_ids()], Recipe(SYMMETRIC, RTN())))
-    saved = tensors(hf.save(model, tmp_path / "out", source=source))
-    originals = set(tensors(source))
-    suffixes = ("_packed", "_scale", "_shape")
-    stems = {key.removesuffix("_packed") for key in saved if key.endswith("_packed")}
+    written, originals = tensors(saved), set(tensors(source))
+    suffixes = ("_packed", "_scale", "_shape", *([] if scheme.symmetric else ["_zero_point"]))
+    stems = {key.removesuffix("_packed") for key in written if key.endswith("_packed")}
     assert stems <= originals
-    assert set(saved) == (originals - stems) | {stem + s for stem in stems for s in suffixes}
-    ignored = read_config(tmp_path / "out")["quantization_config"]["ignore"]
-    assert "lm_head" in ignored
-    routers = {
-        key.removesuffix(".weight") for key in originals if "router.w" in key or ".gate.w" in key
-    }
-    assert routers <= set(ignored)
+    assert set(written) == (originals - stems) | {stem + s for stem in stems for s in suffixes}
+    ignored = read_config(saved)["quantization_config"]["ignore"]
+    routers = {k.removesuffix(".weight") for k in originals if k.endswith(ROUTERS)}
+    assert routers | {"lm_head"} <= set(ignored)
+
+    loaded.save_pretrained(tmp_path / "b")
+    files = {p.name for p in saved.iterdir()} - {"tokenizer.json", "tokenizer_config.json"}
+    assert files == {p.name for p in (tmp_path / "b").iterdir()}
+    assert_same_tensors(written, tensors(tmp_path / "b"))
+    assert read_config(saved) == read_config(tmp_path / "b")
 
 
 STOCK = """
@@ -186,9 +184,11 @@ def test_stock_transformers_computes_the_same_logits(tmp_path):
 # Schemes
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("group_size", [32, -1])
-@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize(
+    ("name", "bits", "group_size"),
+    [("llama", b, g) for b in (2, 3, 4, 8) for g in (32, -1)]
+    + [("qwen3_moe", 3, 64), ("qwen3_moe", 8, -1)],
+)
 def test_every_width_and_group_size(name, bits, group_size, tmp_path):
     model = packed(name, QuantScheme(bits, group_size))
     loaded = hf.load(hf.save(model, tmp_path / "a"))
@@ -262,6 +262,21 @@ def test_a_quantized_head_tied_or_not(name, tmp_path):
 
 def groups(config: dict) -> list[dict]:
     return list(config["quantization_config"]["config_groups"].values())
+
+
+def test_packing_more_after_loading_is_saved(llama, tmp_path):
+    model = with_packed_head(hf.load(llama[1]))
+    loaded = hf.load(hf.save(model, tmp_path / "a"))
+    assert isinstance(loaded.lm_head, PackedLinear)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_saving_what_was_loaded_gives_the_same_folder(llama, tmp_path):
+    _, saved = llama
+    again = hf.save(hf.load(saved), tmp_path / "again", source=saved)
+    assert sorted(p.name for p in again.iterdir()) == sorted(p.name for p in saved.iterdir())
+    for path in saved.iterdir():
+        assert path.read_bytes() == (again / path.name).read_bytes(), path.name
 
 
 def test_tied_embeddings_are_written_once(tmp_path):
@@ -372,15 +387,15 @@ def test_pipeline_keeps_weights_packed(llama):
     assert text.startswith("the old miller")
 
 
-def test_generate_with_static_cache_and_compile(llama):
-    _, saved = llama
-    model = hf.load(saved)
+def test_generate_with_static_cache_and_compile(tmp_path):
+    model = hf.load(hf.save(packed("llama", num_hidden_layers=1), tmp_path / "a"))
     ids = zoo.tiny_ids(1, 7)
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 1}
     options["attention_mask"] = torch.ones_like(ids)
     expected = model.generate(ids, **options)
     assert torch.equal(model.generate(ids, cache_implementation="static", **options), expected)
-    compiled = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    compiled: Any = CompileConfig(fullgraph=True, backend="aot_eager")
+    compiled.mode = None  # an option of inductor, which would take a minute here
     compiled._compile_all_devices = True
     static = model.generate(ids, cache_implementation="static", compile_config=compiled, **options)
     assert torch.equal(static, expected)
@@ -404,8 +419,6 @@ def test_device_map_cpu_and_disk_offload(name, tmp_path):
 def test_push_to_hub_uploads_what_save_pretrained_writes(llama, monkeypatch):
     """Only the network calls are replaced."""
     _, saved = llama
-    from huggingface_hub import HfApi
-
     uploaded = {}
 
     def create_repo(self, repo_id, **kwargs):
@@ -420,6 +433,7 @@ def test_push_to_hub_uploads_what_save_pretrained_writes(llama, monkeypatch):
         for path in Path(folder_path).iterdir():
             uploaded[path.name] = path.read_bytes()
 
+    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *args, **kwargs: ModelCard(""))
     monkeypatch.setattr(HfApi, "create_repo", create_repo)
     monkeypatch.setattr(HfApi, "create_commit", create_commit)
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
@@ -449,7 +463,7 @@ def test_attach_makes_save_pretrained_write_a_packed_checkpoint(tmp_path):
 # On the fly
 
 
-@pytest.mark.parametrize("name", zoo.ARCHITECTURES)
+@pytest.mark.parametrize("name", ["llama", "phi3", "opt", "gpt2", "falcon", "mixtral", "gpt_oss"])
 def test_quantizing_while_loading_equals_quantizing_in_memory(name, tmp_path):
     source = zoo.save_tiny(name, tmp_path / "source", torch.bfloat16)
     config = hf.LlmqConfig(bits=4, group_size=32, symmetric=False)
@@ -542,7 +556,7 @@ def test_which_configs_are_ours(change):
     assert isinstance(AutoQuantizationConfig.from_dict(ours), hf.LlmqConfig)
     for group in ours["config_groups"].values():
         del group["format"]
-    assert hf.AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"].previous is (
+    assert AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"].previous is (
         CompressedTensorsConfig
     )
     with pytest.raises(FormatError):
@@ -633,9 +647,10 @@ def test_a_folder_in_the_way(llama, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
-    for name in ("full", "file"):
-        with pytest.raises(OutputError, match=f"{name}: exists"):
-            hf.save(model, tmp_path / name)
+    with pytest.raises(OutputError, match="full: this folder is not empty"):
+        hf.save(model, tmp_path / "full")
+    with pytest.raises(OutputError, match="file: a file with this name exists"):
+        hf.save(model, tmp_path / "file")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "full"]
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["mine.txt"]
     (tmp_path / "empty").mkdir()

@@ -19,7 +19,10 @@ LEVELS = [
     {"blocks"},
     {"solvers.awq_pairs"},
     {"solvers.awq"},
-    {"quantize", "evaluate", "hf_quantizer"},
+    {"quantize", "evaluate", "hf.skeleton", "hf.names"},
+    {"hf.rounding"},
+    {"hf.quantizer"},
+    {"hf.loading", "hf.saving"},
     {"hf"},
     {"source", "report", "generate"},
     {"api"},
@@ -30,8 +33,12 @@ LEVELS = [
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
 HUGGING_FACE = {"transformers", "huggingface_hub", "datasets", "accelerate"}
 MAY_IMPORT_HUGGING_FACE = {
-    "hf",
-    "hf_quantizer",
+    "hf.skeleton",
+    "hf.names",
+    "hf.rounding",
+    "hf.quantizer",
+    "hf.loading",
+    "hf.saving",
     "text",
     "source",
     "api",

@@ -1,40 +1,25 @@
-"""Packed checkpoints in transformers: load, save, and `from_pretrained` by itself.
-
-    load      a packed checkpoint (or any other) as a transformers model, weights kept packed
-    save      a packed model as a compressed-tensors checkpoint on the original key names
-
-Importing this module also makes plain `AutoModelForCausalLM.from_pretrained` and `pipeline` keep
-integer weight-only compressed-tensors checkpoints packed. Other compressed-tensors checkpoints
-(fp8, quantized activations, sparse ...) still go to whoever handled them before.
-"""
+"""Save a packed model as a checkpoint that other engines load."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-from llmq.errors import FormatError, OutputError, SourceError
+from llmq.errors import SourceError
 from llmq.formats import compressed_tensors
-from llmq.hf_quantizer import LlmqConfig, LlmqQuantizer, attach
-
-__all__ = ["LlmqConfig", "attach", "load", "save"]
+from llmq.hf.quantizer import attach
+from llmq.output import staged_folder, writing
 
 # What is copied from the original besides config.json and weights.
 COMPANIONS = (
@@ -51,76 +36,8 @@ COMPANIONS = (
 )
 
 
-@dataclass(frozen=True)
-class _IntegerWeightsOnly:
-    """Stands for the config class of "compressed-tensors": ours if we can, else the previous."""
-
-    previous: Any
-
-    def from_dict(self, quantization_config: dict[str, Any], **kwargs: Any) -> Any:
-        try:
-            compressed_tensors.parse_config(quantization_config)
-        except FormatError:
-            return self.previous.from_dict(quantization_config, **kwargs)
-        return LlmqConfig(checkpoint=quantization_config)
-
-
-def _take_over() -> None:
-    known = AUTO_QUANTIZATION_CONFIG_MAPPING[compressed_tensors.METHOD]
-    previous = getattr(known, "previous", known)  # this module may be reloaded
-    AUTO_QUANTIZATION_CONFIG_MAPPING[compressed_tensors.METHOD] = _IntegerWeightsOnly(previous)  # type: ignore[assignment]
-    AUTO_QUANTIZER_MAPPING["llmq"] = LlmqQuantizer
-
-
-_take_over()
-
-
-def load(path_or_name: str | Path, **kwargs: Any) -> Any:
-    """Load a causal language model; packed weights stay packed.
-
-    Args:
-        path_or_name: a folder or the name of a model on the Hub.
-        kwargs: as for `AutoModelForCausalLM.from_pretrained`, such as `dtype`, `device_map`,
-            or `quantization_config=LlmqConfig(...)` to quantize a full-precision model.
-
-    Returns:
-        The model in evaluation mode (and the loading info with `output_loading_info=True`).
-
-    Raises:
-        SourceError: there is no such model, or it is not a causal language model.
-        FormatError: its files are damaged, incomplete or contradict its config.json.
-    """
-    hub = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code")
-    options = {key: kwargs[key] for key in hub if key in kwargs}
-    try:
-        config = AutoConfig.from_pretrained(path_or_name, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise SourceError(f"{path_or_name}: no model can be read there. {reason}") from error
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not getattr(config, "auto_map", None):
-        raise SourceError(
-            f"{path_or_name}: model_type={config.model_type!r} is not a causal language model."
-        )
-    wants_info = kwargs.pop("output_loading_info", False)
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path_or_name, output_loading_info=True, **kwargs
-        )
-    except SafetensorError as error:
-        raise FormatError(f"{path_or_name}: a weight file is damaged ({error}).") from error
-    except OSError as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise SourceError(f"{path_or_name}: weights cannot be read. {reason}") from error
-    if missing := sorted(info["missing_keys"]):
-        raise FormatError(
-            f"{path_or_name}: {len(missing)} tensors are missing, such as {missing[0]}; "
-            "transformers would fill them with random numbers."
-        )
-    return (model, info) if wants_info else model
-
-
 def save(
-    model: PreTrainedModel,
+    model: Any,
     out: str | Path,
     *,
     source: str | Path | None = None,
@@ -133,6 +50,10 @@ def save(
     (Mixtral, Qwen-MoE), stacked where it stacks them (gpt-oss), fused where it fuses them (Phi-3).
     GPT-2's Conv1D weights are written like those of a Linear, (N, K). The folder appears under
     its name only when complete.
+
+    Stock transformers with compressed-tensors computes the same logits from a symmetric
+    checkpoint, except for packed Conv1D layers and gpt-oss experts: it does not know these and
+    fills them with random numbers (its loading report lists them as missing).
 
     Args:
         model: a model with packed modules, quantized in memory or loaded.
@@ -152,7 +73,7 @@ def save(
     """
     attach(model)
     original = None if source is None else _original(source)
-    with _appears_whole(Path(out)) as folder:
+    with staged_folder(out) as folder, writing(out):
         _write_weights(folder, _tensors(model, original), max_shard_size)
         if original is None:
             if model.can_generate():
@@ -175,7 +96,8 @@ def _original(source: str | Path) -> Path:
     folder = Path(source)
     if not folder.is_dir():
         try:
-            folder = Path(snapshot_download(str(source)))
+            wanted = ["config.json", "*.safetensors", *COMPANIONS]
+            folder = Path(snapshot_download(str(source), allow_patterns=wanted))
         except (HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
             raise SourceError(f"{source}: neither a folder nor a model on the Hub.") from error
     if not (folder / "config.json").is_file():
@@ -183,34 +105,7 @@ def _original(source: str | Path) -> Path:
     return folder
 
 
-@contextmanager
-def _appears_whole(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that becomes `out` at the end, or vanishes on any failure."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise OutputError(f"{out}: exists and is not an empty folder. Choose another, or empty it.")
-    created = [parent for parent in out.absolute().parents if not parent.exists()]
-    folder = out.absolute().with_name(f".{out.name}.{uuid.uuid4().hex[:8]}")
-    done = False
-    try:
-        folder.mkdir(parents=True)
-        yield folder
-        if out.exists():
-            out.rmdir()
-        folder.rename(out)
-        done = True
-    except (OSError, SafetensorError) as error:
-        raise OutputError(
-            f"{out}: cannot be written ({error}). Nothing was left behind."
-        ) from error
-    finally:
-        if not done:
-            shutil.rmtree(folder, ignore_errors=True)
-            for parent in created:
-                if parent.exists():
-                    parent.rmdir()
-
-
-def _tensors(model: PreTrainedModel, original: Path | None) -> dict[str, Tensor]:
+def _tensors(model: Any, original: Path | None) -> dict[str, Tensor]:
     """Every tensor to write, under the original's names."""
     own = model.state_dict()
     for key, kept in model.all_tied_weights_keys.items():
@@ -270,7 +165,7 @@ def _write_weights(folder: Path, tensors: Mapping[str, Tensor], max_shard_size: 
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _config(model: PreTrainedModel, original: Path | None) -> dict[str, Any]:
+def _config(model: Any, original: Path | None) -> dict[str, Any]:
     """The original's config.json, or the model's, with what is true of the packed model."""
     dtype = str(model.dtype).removeprefix("torch.")
     if original is None:
@@ -281,7 +176,9 @@ def _config(model: PreTrainedModel, original: Path | None) -> dict[str, Any]:
         config = json.loads((original / "config.json").read_text(encoding="utf-8"))
         # Scales must come back in the dtype they were written in.
         config |= {key: dtype for key in ("dtype", "torch_dtype") if key in config}
-    if not model.config.tie_word_embeddings and model.all_tied_weights_keys == {}:
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = config.get("tie_word_embeddings", type(model.config)().tie_word_embeddings)
+    if tied and getattr(head, "weight", None) is not embeddings.weight:
         config["tie_word_embeddings"] = False
     config["quantization_config"] = model.config.quantization_config.to_dict()
     return config

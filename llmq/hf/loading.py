@@ -1,0 +1,83 @@
+"""Load a causal language model, from a folder or from the Hub."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+from llmq.errors import FormatError, SourceError
+from llmq.formats import compressed_tensors
+from llmq.hf.quantizer import LlmqConfig, LlmqQuantizer
+
+
+@dataclass(frozen=True)
+class _IntegerWeightsOnly:
+    """Stands for the config class of "compressed-tensors": ours if we can, else the previous."""
+
+    previous: Any
+
+    def from_dict(self, quantization_config: dict[str, Any], **kwargs: Any) -> Any:
+        try:
+            compressed_tensors.parse_config(quantization_config)
+        except FormatError:
+            return self.previous.from_dict(quantization_config, **kwargs)
+        return LlmqConfig(checkpoint=quantization_config)
+
+
+def take_over() -> None:
+    """Register the quantizer, and put it in charge of the checkpoints it can read."""
+    known = AUTO_QUANTIZATION_CONFIG_MAPPING[compressed_tensors.METHOD]
+    previous = getattr(known, "previous", known)  # this package may be reloaded
+    AUTO_QUANTIZATION_CONFIG_MAPPING[compressed_tensors.METHOD] = _IntegerWeightsOnly(previous)  # type: ignore[assignment]
+    AUTO_QUANTIZER_MAPPING["llmq"] = LlmqQuantizer
+
+
+def load(path_or_name: str | Path, **kwargs: Any) -> Any:
+    """Load a causal language model; packed weights stay packed.
+
+    Args:
+        path_or_name: a folder or the name of a model on the Hub.
+        kwargs: as for `AutoModelForCausalLM.from_pretrained`, such as `dtype`, `device_map`,
+            or `quantization_config=LlmqConfig(...)` to quantize a full-precision model.
+
+    Returns:
+        The model in evaluation mode (and the loading info with `output_loading_info=True`).
+
+    Raises:
+        SourceError: there is no such model, or it is not a causal language model.
+        FormatError: its files are damaged, incomplete or contradict its config.json.
+    """
+    hub = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code")
+    options = {key: kwargs[key] for key in hub if key in kwargs}
+    try:
+        config = AutoConfig.from_pretrained(path_or_name, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise SourceError(f"{path_or_name}: no model can be read there. {reason}") from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not getattr(config, "auto_map", None):
+        raise SourceError(
+            f"{path_or_name}: model_type={config.model_type!r} is not a causal language model."
+        )
+    wants_info = kwargs.pop("output_loading_info", False)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path_or_name, output_loading_info=True, **kwargs
+        )
+    except SafetensorError as error:
+        raise FormatError(f"{path_or_name}: a weight file is damaged ({error}).") from error
+    except OSError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise SourceError(f"{path_or_name}: weights cannot be read. {reason}") from error
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise FormatError(
+            f"{path_or_name}: {len(missing)} tensors are missing, such as {missing[0]}; "
+            "transformers would fill them with random numbers."
+        )
+    return (model, info) if wants_info else model
