@@ -3,14 +3,14 @@
     record how every block is called          (blocks.record_calls; no block is computed)
     for each block:
         fold AWQ factors into it               (optional; solvers.awq)
-        run all batches through it, halting before each group of linears that read one tensor:
-            H = second moment of that tensor   (moments)
+        for each group of linears that read one tensor, in the order in which they run:
+            H = second moment of that tensor   (moments; the block is run up to there)
             solve every linear of the group    (solvers)
-            go on with the quantized weights
+            run with the quantized weights from here on
         put packed layers in their place       (nn)
 
 So every linear is solved for the inputs that it will really see, behind layers that are already
-quantized, and each block runs once.
+quantized ("true sequential").
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +27,14 @@ from llmq.adapters import as_linears, run_copy, run_dtype, shared_copy
 from llmq.blocks import (
     decoder_blocks,
     head_inputs,
+    inputs_of,
     linears,
     record_calls,
+    run_block,
     shared_input_groups,
-    staged,
 )
 from llmq.errors import NonFiniteError, SchemeError
-from llmq.moments import second_moment, with_prior
+from llmq.moments import second_moments, with_prior
 from llmq.nn import PackedExperts, PackedLinear
 from llmq.scheme import QuantizedWeight, QuantScheme
 from llmq.solvers import Solver
@@ -149,15 +149,17 @@ def quantize(
         if recipe.awq:
             recipe.awq.smooth(view, work, names, hidden, calls, probe)
         solved: dict[str, list[QuantizedWeight]] = {}
-        groups = shared_input_groups(work, *probe)
-        for group, inputs in staged(work, groups, hidden, calls):
+        for group in shared_input_groups(work, *probe):
             chosen = {n: names[n] for n in group if n in names}
             if not chosen:
                 continue
-            moments = _moments(inputs, f"{prefix}.{i}.{group[0]}")
+            moments = second_moments(inputs_of(work, group[0], hidden, calls))
+            moments = _checked(moments, f"{prefix}.{i}.{group[0]}")
             for name, report, results in _solve_group(view, work, chosen, moments, recipe.solver):
                 solved[name] = results
                 yield from (_named(r, f"{prefix}.{i}") for r in report)
+        for b, call in enumerate(calls):
+            hidden[b] = run_block(work, hidden[b], call)
         _pack(block, solved)
         recording.calls[i].clear()
     if recipe.lm_head:
@@ -200,7 +202,7 @@ def _quantize_head(
     scheme = recipe.scheme_for(name)
     if scheme is None:
         return
-    H, count = second_moment(head_inputs(model, blocks, batches, hidden))
+    [(H, count)] = second_moments(head_inputs(model, blocks, batches, hidden))
     W = model.get_parameter(f"{name}.weight").data
     start = time.perf_counter()
     q = recipe.solver.solve(W.to(H.device), H, scheme)
@@ -219,22 +221,18 @@ def _head_name(model: nn.Module) -> str:
     return next(name for name, module in model.named_modules() if module is head)
 
 
-def _moments(inputs: list[Tensor] | list[list[Tensor]], name: str) -> list[tuple[Tensor, int]]:
-    """Second moment and token count of a linear's inputs, or of each expert's.
+def _checked(moments: list[tuple[Tensor, int]], name: str) -> list[tuple[Tensor, int]]:
+    """Second moments that are finite; those of experts get their prior.
 
     Raises:
         NonFiniteError: names the linear.
     """
-    columns: list[Any] = [inputs] if isinstance(inputs[0], Tensor) else [*zip(*inputs, strict=True)]
-    moments = [second_moment(column) for column in columns]
     if not all(bool(H.diagonal().isfinite().all()) for H, _ in moments):
         raise NonFiniteError(
             f"{name}: its input is NaN or infinite in calibration. The model overflows in its "
             "dtype on this text; convert it to bfloat16 or float32."
         )
-    if len(moments) == 1:
-        return moments
-    return with_prior(moments)
+    return with_prior(moments) if len(moments) > 1 else moments
 
 
 def _solve_group(

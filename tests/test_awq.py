@@ -6,7 +6,7 @@ from zoo import ARCHITECTURES, tiny_model
 
 from llmq.adapters import as_linears, shared_copy
 from llmq.blocks import decoder_blocks, record_calls
-from llmq.moments import second_moment
+from llmq.moments import second_moments
 from llmq.scheme import QuantScheme
 from llmq.solvers.awq import AWQ, _expected_error
 from llmq.solvers.awq_pairs import Pair, fold, proven_pairs
@@ -66,7 +66,7 @@ def test_search_finds_the_outlier_channels():
     block.linear = torch.nn.Linear(64, 48, bias=False)
     x = torch.randn(512, 64, generator=generator)
     x[:, :4] *= 30
-    H, _ = second_moment([x])
+    [(H, _)] = second_moments([x])
     pair = Pair("norm", "norm", None, ("linear",))
     schemes = {"linear": QuantScheme(3, 32)}
     factors = AWQ().search(block, pair, H, schemes)

@@ -133,6 +133,26 @@ def test_overflowing_activations_name_the_layer():
         list(quantize(model, batches(model), Recipe(SCHEME)))
 
 
+@torch.no_grad()
+def test_every_matrix_is_solved_for_the_inputs_that_it_will_see():
+    model: Any = tiny_model("llama", dtype=torch.float32).eval()
+    seen: dict[str, torch.Tensor] = {}
+
+    class Spy(RTN):
+        def solve(self, W, H, scheme):
+            seen[str(len(seen))] = H
+            return super().solve(W, H, scheme)
+
+    result, _ = quantized(model, Recipe(QuantScheme(2, 32), Spy()))
+    layer, sums = result.model.layers[1].mlp.down_proj, []
+    layer.register_forward_pre_hook(lambda _, args: sums.append(args[0].flatten(0, 1)))
+    for ids in batches(result):
+        result(ids)
+    rows = torch.cat(sums).double()
+    expected = rows.T @ rows / len(rows)
+    assert (seen["7"] - expected).norm() < 1e-5 * expected.norm()
+
+
 def test_same_input_same_result():
     model: Any = tiny_model("qwen3", dtype=torch.float32).eval()
     a, _ = quantized(model, Recipe(SCHEME))

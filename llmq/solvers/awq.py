@@ -12,12 +12,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from llmq.blocks import Call, hooks, run_block
-from llmq.moments import second_moment
+from llmq.moments import SecondMoment
 from llmq.scheme import QuantScheme
 from llmq.solvers.awq_pairs import Pair, fold, proven_pairs
 from llmq.solvers.rtn import RTN
@@ -126,23 +127,18 @@ def _moments(
     block: nn.Module, pairs: Sequence[Pair], hidden: Sequence[Tensor], calls: Sequence[Call]
 ) -> list[Tensor]:
     """Per pair, the second moment (K, K) of the tensor that its readers read."""
-    sums: list[Tensor | None] = [None] * len(pairs)
+    sums: dict[str, SecondMoment] = {}
 
-    def add(i: int) -> object:
-        def hook(_: nn.Module, args: tuple) -> None:
-            H, _count = second_moment([args[0]] if isinstance(args[0], Tensor) else args[0])
-            before = sums[i]
-            sums[i] = H if before is None else before.add_(H)
+    def add(_: nn.Module, args: tuple[Tensor | list[Tensor], ...], name: str) -> None:
+        for x in [args[0]] if isinstance(args[0], Tensor) else args[0]:
+            sums.setdefault(name, SecondMoment(x.shape[-1], x.device)).add(x)
 
-        return hook
-
+    names = [pair.readers[0] for pair in pairs]
     handles = [
-        block.get_submodule(pair.readers[0]).register_forward_pre_hook(add(i))  # type: ignore[arg-type]
-        for i, pair in enumerate(pairs)
+        block.get_submodule(name).register_forward_pre_hook(partial(add, name=name))
+        for name in names
     ]
     with hooks(*handles):
         for states, call in zip(hidden, calls, strict=True):
             run_block(block, states, call)
-    found = [H for H in sums if H is not None]
-    assert len(found) == len(pairs)
-    return [H / len(hidden) for H in found]
+    return [sums[name].mean() for name in names]
