@@ -42,7 +42,7 @@ class Trial:
     result: Evaluation
 
 
-def run(out: Path, *, windows: int | None = None, samples: int = 64) -> Iterator[Trial]:
+def run(out: Path, *, windows: int | None = 80, samples: int = 64) -> Iterator[Trial]:
     """Quantize the embedded model into folders under `out`; yield full precision, then each.
 
     Raises:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from zoo import save_tiny
 
 import llmq
 from llmq import demo, showcase
+from llmq.report import inspect_checkpoint
 
 
 def test_quantize_eval_inspect_generate(run, model: Path, text: Path, tmp_path: Path) -> None:
@@ -94,6 +96,20 @@ def test_the_embedded_text_is_the_default_and_says_so(run, model, text, tmp_path
     report = json.loads((tmp_path / "out" / "quantization_report.json").read_text())
     assert report["calibration"]["text"] == "embedded"
     assert 1 <= report["calibration"]["windows"] < 128
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "mixtral", "qwen3_moe", "gpt2"])
+def test_every_matrix_on_disk_finds_its_error(tmp_path, text, name) -> None:
+    """Experts in stacks or one by one under other names, and transposed matrices."""
+    model = save_tiny(name, tmp_path / "model", torch.bfloat16)
+    settings: dict[str, Any] = {"samples": 4, "seq_len": 64, "group_size": 64}
+    report = llmq.quantize(model, tmp_path / "out", calibration=str(text), **settings)
+    *layers, others = inspect_checkpoint(tmp_path / "out")
+    assert all(layer.error is not None for layer in layers)
+    assert not others.quantized
+    weights = sum(N * K for N, K in (layer["shape"] for layer in report["layers"]))
+    assert sum(layer.weights for layer in layers) == weights
+    assert report["bits_per_weight"] == pytest.approx(4 + 20 / 64, abs=0.01)
 
 
 def test_token_ids_calibrate_too(model, tmp_path) -> None:
