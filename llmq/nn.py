@@ -80,6 +80,7 @@ class PackedLinear(nn.Module):
         self.register_parameter("weight_zero_point", zero)
         self.weight_shape = _frozen(torch.tensor([N, K], device=device))
         self.register_parameter("bias", empty(N, dtype=dtype) if bias else None)
+        self.wanted: str | None = backends.TORCH.name
         self.backend: backends.Backend = backends.TORCH
         self.prepared = ()
 
@@ -125,6 +126,7 @@ class PackedLinear(nn.Module):
         Raises:
             BackendError: the named backend cannot run this layer.
         """
+        self.wanted = backend
         self.backend = backends.choose(self, backend)
         self.prepared = self.backend.prepare(self)
 
@@ -134,8 +136,7 @@ class PackedLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         """`.to()`, `.half()`, `.cuda()` and friends: what was prepared no longer fits."""
         super()._apply(fn, recurse)
-        if self.backend is not backends.TORCH:
-            self.prepare()
+        self.prepare(self.wanted)
         return self
 
     def extra_repr(self) -> str:
@@ -201,6 +202,7 @@ class PackedExperts(nn.Module):
         self.has_bias = bool(experts.has_bias)
         self.merged = not experts.is_transposed and getattr(experts, "is_concatenated", True)
         self.apply_gate = without_parameters(experts)._apply_gate
+        self.wanted: str | None = backends.TORCH.name
         self._experts: list[tuple[PackedLinear, PackedLinear]] | None = None
         for name, scheme in self.schemes.items():
             N, K = expert_weight(experts, name, 0).shape
@@ -267,7 +269,7 @@ class PackedExperts(nn.Module):
         experts = [self.expert(index) for index in range(self.num_experts)]
         for layer in (layer for pair in experts for layer in pair):
             layer.prepare(backend)
-        self._experts = experts
+        self.wanted, self._experts = backend, experts
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Route each token (T, H) through its experts (T, top_k), weighted (T, top_k)."""
@@ -287,7 +289,7 @@ class PackedExperts(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedExperts:
         super()._apply(fn, recurse)
         if self._experts is not None:
-            self.prepare()
+            self.prepare(self.wanted)
         return self
 
     def extra_repr(self) -> str:
