@@ -91,7 +91,7 @@ def test_group_that_does_not_divide_is_named():
         PackedLinear(QuantScheme(4, 64), 100, 48)
 
 
-def test_prepare_covers_the_model_and_honours_a_name():
+def test_prepare_covers_the_model_and_honours_a_name(caplog):
     model = nn.Sequential(
         PackedLinear.from_linear(linear(), QuantScheme(4, 32)),
         nn.ReLU(),
@@ -99,8 +99,12 @@ def test_prepare_covers_the_model_and_honours_a_name():
     )
     assert prepare(model, "torch") is model
     assert [name for name, _ in packed_modules(model)] == ["0", "2"]
+    assert not caplog.messages
     with pytest.raises(BackendError):
         prepare(model, "cpu-int4")  # float32
+    prepare(model)
+    (message,) = caplog.messages
+    assert message.startswith("2 packed modules run on plain torch: ")
 
 
 def experts_of(name, dtype=torch.float32):
@@ -174,6 +178,18 @@ def test_experts_of_one_stack_share_a_scheme():
     q[1][3] = rtn(expert_weight(experts, "down_proj", 3), QuantScheme(8, 32))
     with pytest.raises(SchemeError, match="down_proj"):
         PackedExperts.from_quantized(experts, *q)
+
+
+def test_rows_that_do_not_fill_words_keep_their_width():
+    experts = nn.Module()
+    experts.num_experts = 2
+    experts.is_transposed = experts.has_bias = False
+    experts._apply_gate = lambda gate_up: gate_up.chunk(2, -1)[0]
+    experts.gate_up_proj = nn.Parameter(torch.randn(2, 40, 80))
+    experts.down_proj = nn.Parameter(torch.randn(2, 80, 20))
+    packed, dense = quantize_experts(experts, QuantScheme(3, -1))
+    for stack, layer in zip(STACKS, packed.expert(1), strict=True):
+        assert torch.equal(layer.dequantize(), expert_weight(dense, stack, 1))
 
 
 def test_dense_models_have_no_stacked_experts():
