@@ -2,6 +2,7 @@
 
 import copy
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -68,6 +69,7 @@ def test_gradients_reach_the_input():
     layer = PackedLinear.from_linear(linear(), QuantScheme(4, 32))
     x = torch.randn(3, 128, requires_grad=True)
     layer(x).sum().backward()
+    assert x.grad is not None
     assert torch.allclose(x.grad, layer.dequantize().sum(0).expand(3, -1))
 
 
@@ -169,7 +171,10 @@ def test_expert_layers_carry_weight_and_bias():
     packed, dense = quantize_experts(experts, scheme)
     for stack, layer in zip(STACKS, packed.expert(2), strict=True):
         assert torch.equal(layer.dequantize(), expert_weight(dense, stack, 2))
-        assert torch.equal(layer.bias, expert_bias(experts, stack, 2))
+        bias = expert_bias(experts, stack, 2)
+        assert layer.bias is not None
+        assert bias is not None
+        assert torch.equal(layer.bias, bias)
 
 
 def test_experts_of_one_stack_share_a_scheme():
@@ -181,12 +186,19 @@ def test_experts_of_one_stack_share_a_scheme():
 
 
 def test_rows_that_do_not_fill_words_keep_their_width():
-    experts = nn.Module()
-    experts.num_experts = 2
-    experts.is_transposed = experts.has_bias = False
-    experts._apply_gate = lambda gate_up: gate_up.chunk(2, -1)[0]
-    experts.gate_up_proj = nn.Parameter(torch.randn(2, 40, 80))
-    experts.down_proj = nn.Parameter(torch.randn(2, 80, 20))
+    class Stacked(nn.Module):
+        num_experts, is_transposed, has_bias = 2, False, False
+
+        def __init__(self):
+            super().__init__()
+            self.gate_up_proj = nn.Parameter(torch.randn(2, 40, 80))
+            self.down_proj = nn.Parameter(torch.randn(2, 80, 20))
+
+        def _apply_gate(self, gate_up):
+            return gate_up.chunk(2, -1)[0]
+
+    experts = Stacked()
+    assert is_stacked_experts(experts)
     packed, dense = quantize_experts(experts, QuantScheme(3, -1))
     for stack, layer in zip(STACKS, packed.expert(1), strict=True):
         assert torch.equal(layer.dequantize(), expert_weight(dense, stack, 1))
@@ -228,7 +240,7 @@ def test_fusing_changes_neither_results_nor_parameters(name, scheme, groups, dty
         assert state.keys() == saved.keys()
         assert all(torch.equal(state[k], v) for k, v in saved.items())
         model.to(torch.float32)  # undoes the fusion
-        assert all("fused" not in m.backend.name for _, m in packed_modules(model))
+        assert not any("fused" in str(module) for _, module in packed_modules(model))
 
 
 def test_a_fused_layer_called_alone_is_still_right():
@@ -251,7 +263,7 @@ def test_a_fused_layer_called_alone_is_still_right():
 
 
 def test_quantized_head_of_a_tied_model_leaves_the_embedding():
-    model = tiny_model("qwen3", torch.bfloat16)
+    model: Any = tiny_model("qwen3", torch.bfloat16)
     ids = tiny_ids(1, 5)
     with torch.no_grad():
         before = model(ids).logits.float()
