@@ -266,7 +266,7 @@ def demo(
                 console.print(f"{trial.label}: quantized, saved, loaded, measured.", style="dim")
         text = showcase.sample(folder / "gptq-4bit")
     console.print(showcase.as_table(trials))
-    console.print(trials[0].result.protocol, highlight=False, soft_wrap=True)
+    console.print(f"{showcase.LEGEND}\n{trials[0].result.protocol}", highlight=False)
     console.print("\ngptq 4-bit g64 writes:", style="bold")
     console.print(text, markup=False, highlight=False)
     entries = [

@@ -140,16 +140,24 @@ def size(nbytes: float) -> str:
     """Bytes for people: "1.93 MB"."""
     power = min(4, int(math.log(max(nbytes, 1), 1000)))
     unit = ("B", "kB", "MB", "GB", "TB")[power]
-    return f"{nbytes / 1000**power:.{2 if power else 0}f} {unit}"
+    value = nbytes / 1000**power
+    digits = 0 if power == 0 else max(0, 2 - int(math.log10(value)))
+    return f"{value:.{digits}f} {unit}"
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A rich table: the first column is text, the others are aligned as numbers."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    made = Table(title=title, title_justify="left", header_style="bold")
+    made = Table(
+        title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+    )
     for number, column in enumerate(columns):
-        made.add_column(column, justify="right" if number else "left", no_wrap=number > 0)
+        if number:
+            made.add_column(column, justify="right", no_wrap=True)
+        else:
+            made.add_column(column, min_width=14, overflow="fold")
     for row in rows:
         made.add_row(*row)
     return made

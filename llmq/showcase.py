@@ -76,17 +76,23 @@ def run(out: Path) -> Iterator[Trial]:
             yield Trial(f"{method} {bits}-bit g64", _bytes(folder), seconds, result)
 
 
+LEGEND = (
+    "bits: per weight as stored, scales and zero points included; KL: nats per token, to full "
+    "precision; top-1: same likeliest token; secs: to quantize and save."
+)
+
+
 def as_table(trials: Sequence[Trial]) -> Table:
     """The trials as a rich table."""
-    columns = ["", "bits/weight", "size", "perplexity", "KL (nats/token)", "top-1", "seconds"]
+    columns = ["", "bits", "size", "perplexity", "KL", "top-1", "secs"]
     rows = [
         (
             trial.label,
             with_error(trial.result.bits_per_weight, None, 2),
             size(trial.bytes),
-            with_error(trial.result.perplexity, trial.result.perplexity_stderr),
+            with_error(trial.result.perplexity, trial.result.perplexity_stderr, 2),
             with_error(trial.result.kl, trial.result.kl_stderr, 4),
-            with_error(trial.result.top1, trial.result.top1_stderr),
+            "-" if trial.result.top1 is None else f"{trial.result.top1:.1%}",
             f"{trial.seconds:.1f}" if trial.seconds else "-",
         )
         for trial in trials
