@@ -27,6 +27,7 @@ from llmq.progress import progress_bar
 from llmq.quantize import LayerReport, Recipe, check_groups, quantizable, quantize as run
 from llmq.report import (
     bits_per_weight,
+    expert_coverage,
     inspect_checkpoint,
     layer_entry,
     peak_memory_bytes,
@@ -67,6 +68,7 @@ def quantize(
     calibration: Source | None = None,
     samples: int = 128,
     seq_len: int | None = None,
+    lm_head: bool = False,
     skip: Sequence[str] = (),
     device: str = "auto",
     seed: int = 0,
@@ -85,6 +87,7 @@ def quantize(
             public-domain text that comes with llmq.
         samples: windows of calibration text.
         seq_len: tokens per window (default: 512, or the model's context if that is shorter).
+        lm_head: quantize the output layer too; the embeddings stay as they are.
         skip: patterns of linears to leave in full precision: a module name or the end of one,
             with shell wildcards ("down_proj", "model.layers.0.*").
         device: where blocks are calibrated and solved; "auto" = the GPU if there is one.
@@ -104,7 +107,7 @@ def quantize(
     if method not in METHODS:
         raise SchemeError(f"method={method!r}: use one of {', '.join(METHODS)}.")
     awq, solver = METHODS[method]
-    recipe = Recipe(QuantScheme(bits, group_size, symmetric), solver, awq, tuple(skip))
+    recipe = Recipe(QuantScheme(bits, group_size, symmetric), solver, awq, tuple(skip), lm_head)
     with staged_folder(out) as folder:
         name = check_path(src)
         config = open_config(name)
@@ -126,7 +129,7 @@ def quantize(
         )
         _check_vocabulary(windows, config)
         model = open_model(name)
-        names = quantizable(model)
+        names = quantizable(model, lm_head)
         check_groups(names, recipe)
         if not any(recipe.scheme_for(n) for n in names):
             raise SchemeError(f"skip={list(skip)}: nothing is left to quantize.")
@@ -144,6 +147,7 @@ def quantize(
             "bits": bits,
             "group_size": group_size,
             "symmetric": symmetric,
+            "lm_head": lm_head,
             "skip": list(skip),
             "calibration": {
                 "text": "embedded" if calibration is None else describe(calibration),
@@ -157,6 +161,7 @@ def quantize(
             "bits_per_weight": bits_per_weight(inspect_checkpoint(folder)),
             "seconds": time.perf_counter() - start,
             "peak_memory_bytes": peak_memory_bytes(where),
+            "expert_coverage": expert_coverage(layers),
             "layers": [layer_entry(layer) for layer in layers],
         }
         with writing(out):

@@ -87,6 +87,9 @@ def quantize(
     seq_len: Annotated[
         int | None, typer.Option(help="Tokens per window. (default: 512, or the model's limit)")
     ] = None,
+    lm_head: Annotated[
+        bool, typer.Option("--lm-head/--no-lm-head", help="Quantize the output layer too.")
+    ] = False,
     skip: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Layers to leave as they are; repeatable."),
@@ -118,6 +121,7 @@ def quantize(
         calibration=calibration,
         samples=samples,
         seq_len=seq_len,
+        lm_head=lm_head,
         skip=skip or (),
         device=device,
         seed=seed,
@@ -129,6 +133,10 @@ def quantize(
     worst = sorted(layers, key=lambda layer: -layer["error"])[:5]
     rows = [(layer["name"], f"{layer['error']:.2e}") for layer in worst]
     console.print(table("Largest relative output errors", ["layer", "error"], rows))
+    if coverage := report["expert_coverage"]:
+        heads = ["layer", "experts", "fewest", "median", "most", "starved"]
+        rows = [(*map(str, list(c.values())[:-1]), str(len(c["starved"]))) for c in coverage]
+        console.print(table("Calibration tokens per expert", heads, rows))
     used = report["calibration"]
     console.print(
         f"{out}: {len(layers)} matrices at {report['bits_per_weight']:.2f} bits per weight, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import struct
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from llmq.errors import FormatError, SourceError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from llmq.quantize import LayerReport
     from llmq.scheme import QuantScheme
 
 REPORT_FILE = "quantization_report.json"
@@ -44,6 +46,31 @@ class StoredLayer:
     bytes: int
     error: float | None = None
     quantized: bool = True
+
+
+def expert_coverage(layers: Sequence[LayerReport]) -> list[dict[str, Any]]:
+    """Calibration tokens that reached the experts of each mixture, one entry per layer.
+
+    An expert is `starved` if it saw fewer tokens than its input is wide; its second moment is
+    then mostly that of its siblings (see `moments.with_prior`).
+    """
+    reached: dict[str, list[LayerReport]] = {}
+    for layer in layers:
+        parent, _, leaf = layer.name.rpartition(".")
+        stack, _, number = parent.rpartition(".")
+        if leaf == "gate_up_proj" and number.isdigit():
+            reached.setdefault(stack, []).append(layer)
+    return [
+        {
+            "layer": stack,
+            "experts": len(experts),
+            "fewest_tokens": min(e.tokens for e in experts),
+            "median_tokens": statistics.median(e.tokens for e in experts),
+            "most_tokens": max(e.tokens for e in experts),
+            "starved": [int(e.name.split(".")[-2]) for e in experts if e.tokens < e.shape[1]],
+        }
+        for stack, experts in reached.items()
+    ]
 
 
 def layer_entry(layer: Any) -> dict[str, Any]:
