@@ -127,9 +127,7 @@ class LlmqQuantizer(HfQuantizer):
             _cast(model, model.config.dtype)
         for _, module in packed_modules(model):
             module.requires_grad_(False)
-            # Offloaded weights are on meta between calls: those layers keep the torch path.
-            if not any(parameter.is_meta for parameter in module.parameters()):
-                module.prepare()
+        choose_backends(model)
         if not self.pre_quantized:
             attach(model)
         return model
@@ -143,6 +141,16 @@ class LlmqQuantizer(HfQuantizer):
             linear.bias = module.bias  # type: ignore[assignment]
             model.set_submodule(name, linear)
         return model
+
+
+def choose_backends(model: Any, backend: str | None = None) -> None:
+    """Let every packed module of `model` choose its backend, or use the one named.
+
+    Offloaded weights are on meta between calls: those layers keep the plain torch path.
+    """
+    for _, module in packed_modules(model):
+        if not any(parameter.is_meta for parameter in module.parameters()):
+            module.prepare(backend)
 
 
 def _cast(model: Any, dtype: torch.dtype) -> None:
