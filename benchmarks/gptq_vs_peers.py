@@ -8,6 +8,9 @@ the same threads and the very same calibration tokens; wall and CPU seconds and 
 memory come from the operating system (wait4). The results become plain float32 folders
 (peers/dequantize.py) that one evaluator judges (peers/judge.py) without a line of llmq: KL to the
 full model and perplexity. PYTHON is the interpreter of a peer's environment, see peers/README.md.
+
+`--resume` keeps the contenders that an interrupted run with the same FOLDER has finished. Every row
+says when it ran and how busy the machine was; on a busy one compare CPU seconds, not wall seconds.
 """
 
 from __future__ import annotations
@@ -58,6 +61,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--llmq", default=sys.executable, help="interpreter that has llmq")
     parser.add_argument("--gptqmodel", help="interpreter that has GPTQModel")
     parser.add_argument("--llmcompressor", help="interpreter that has llm-compressor")
+    parser.add_argument("--resume", action="store_true")
     parser.add_argument("--only", help="contenders whose name contains this")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group", type=int, default=64)
@@ -94,6 +98,7 @@ def command(contender: Contender, args: argparse.Namespace, calib: Path, out: Pa
 def timed(argv: list[str], threads: int, log: Path) -> dict[str, Any]:
     """Run a process to its end; its own cost and the last JSON line that it printed."""
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    started, load = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), os.getloadavg()[0]
     start = time.perf_counter()
     with log.open("w") as file:
         process = subprocess.Popen(argv, stdout=file, stderr=subprocess.STDOUT, env=env)
@@ -104,6 +109,9 @@ def timed(argv: list[str], threads: int, log: Path) -> dict[str, Any]:
         raise SystemExit(f"{' '.join(argv)}\nfailed, see {log}")
     own = [line for line in log.read_text().splitlines() if line.startswith("{")]
     return {
+        "started": started,
+        "load_before": load,
+        "load_after": os.getloadavg()[0],
         "seconds": seconds,
         "cpu_seconds": usage.ru_utime + usage.ru_stime,
         "peak_memory_bytes": usage.ru_maxrss * 1024,
@@ -177,6 +185,24 @@ def chosen(args: argparse.Namespace) -> list[Contender]:
     return [c for c in every if not args.only or args.only in c.name]
 
 
+def run(contender: Contender, args: argparse.Namespace, calib: Path) -> tuple[dict[str, Any], Path]:
+    """What one contender cost, and its result as a plain folder."""
+    label = f"{contender.name} {'sym' if contender.symmetric else 'asym'}".replace(" ", "-")
+    out, plain, done = (args.work / f"{label}{end}" for end in ("", "-plain", ".json"))
+    argv = command(contender, args, calib, out)
+    if args.resume and done.is_file():
+        saved = json.loads(done.read_text())
+        if saved["argv"] == argv:
+            return saved["cost"], plain
+    shutil.rmtree(out, ignore_errors=True)
+    cost = timed(argv, args.threads, args.work / f"{label}.log")
+    script = [str(PEERS / "dequantize.py"), str(args.model), str(out), str(plain)]
+    subprocess.run([sys.executable, *script], check=True, stdout=subprocess.DEVNULL)
+    done.write_text(json.dumps({"argv": argv, "cost": cost}))
+    print(f"{label}: {cost['seconds']:.1f} s, CPU {cost['cpu_seconds']:.1f} s", flush=True)
+    return cost, plain
+
+
 def main() -> None:
     args = arguments()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -187,17 +213,9 @@ def main() -> None:
 
     rows, plain = [], []
     for contender in chosen(args):
-        label = f"{contender.name} {'sym' if contender.symmetric else 'asym'}".replace(" ", "-")
-        out = args.work / label
-        shutil.rmtree(out, ignore_errors=True)
-        argv = command(contender, args, calib, out)
-        cost = timed(argv, args.threads, args.work / f"{label}.log")
-        plain.append(args.work / f"{label}-plain")
-        dequantize = [str(PEERS / "dequantize.py"), str(args.model), str(out), str(plain[-1])]
-        subprocess.run([sys.executable, *dequantize], check=True, stdout=subprocess.DEVNULL)
+        cost, folder = run(contender, args, calib)
         rows.append({**vars(contender), **cost})
-        print(f"{label}: {cost['seconds']:.1f} s", flush=True)
-
+        plain.append(folder)
     judge(rows, plain, args)
     compared = ratios(rows)
     show(rows, compared)

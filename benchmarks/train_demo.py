@@ -20,13 +20,13 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
@@ -161,14 +161,14 @@ def train(model: LlamaForCausalLM, tokens: Tensor, held: Tensor, args: argparse.
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     model.generation_config.update(do_sample=False, pad_token_id=0)
-    model.to(torch.bfloat16).save_pretrained(out)
+    model.bfloat16().save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
 def report(out: Path, held_text: str, seq_len: int) -> dict[str, float | str]:
     """What the saved folder is worth, read back the way a user reads it (fp32 compute)."""
     tokenizer = AutoTokenizer.from_pretrained(out)
-    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    model: Any = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     for name, p in model.named_parameters():
         if not torch.isfinite(p).all():
             raise SystemExit(f"{name} is not finite")

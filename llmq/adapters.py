@@ -3,12 +3,13 @@
 - GPT-2's `Conv1D` stores its matrix transposed.
 - transformers 5 stacks the experts of a mixture in 3-D parameters.
 
-`as_linears` gives a block in which every matrix is an `nn.Linear` or a `RoutedLinear`, sharing
-storage with the block it was made from.
+`as_linears` gives a block in which every matrix is an `nn.Linear` or a `RoutedLinear`. It is
+applied to copies: `shared_copy` has the block's own tensors, `run_copy` is for running.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -65,8 +66,8 @@ class UnstackedExperts(nn.Module):
 
 
 def _routed(experts: nn.Module, name: str, flip: bool) -> RoutedLinear:
-    weight = getattr(experts, name).data
-    bias = getattr(experts, f"{name}_bias", None)
+    weight = experts.get_parameter(name).data
+    bias = experts._parameters.get(f"{name}_bias")
     return RoutedLinear(weight.transpose(1, 2) if flip else weight, bias)
 
 
@@ -80,10 +81,31 @@ def as_linears(block: nn.Module) -> nn.Module:
     for name, module in list(block.named_modules()):
         if is_conv1d(module):
             linear = nn.Linear(1, 1, bias=False, device="meta")
-            linear.weight = nn.Parameter(module.weight.data.T, requires_grad=False)
-            linear.bias = module.bias  # type: ignore[assignment]
+            weight = module.get_parameter("weight").data.T
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+            linear.bias = module.get_parameter("bias")
             linear.out_features, linear.in_features = linear.weight.shape
             block.set_submodule(name, linear)
         elif is_stacked_experts(module):
             block.set_submodule(name, UnstackedExperts(module))
     return block
+
+
+def shared_copy(block: nn.Module) -> nn.Module:
+    """A copy of a block's structure around the very same tensors."""
+    tensors = [*block.parameters(), *block.buffers()]
+    return copy.deepcopy(block, {id(t): t for t in tensors})
+
+
+def run_copy(block: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A copy of a block on `device`, float16 parameters in `dtype`."""
+    work = copy.deepcopy(block).to(device)
+    for tensor in work.parameters():
+        if tensor.dtype == torch.float16:
+            tensor.data = tensor.data.to(dtype)
+    return work
+
+
+def run_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """float16 is several times slower than bfloat16 on CPUs; calibration does not need it."""
+    return torch.bfloat16 if dtype == torch.float16 and device.type == "cpu" else dtype

@@ -20,7 +20,7 @@ from torch import nn
 import llmq
 from llmq import demo, hf
 from llmq.calibrate import adds_bos, token_windows
-from llmq.errors import CalibrationError, SchemeError, SourceError
+from llmq.errors import CalibrationError, FormatError, SchemeError, SourceError
 from llmq.evaluate import Evaluation, evaluate as measure, protocol
 from llmq.output import staged_folder, writing
 from llmq.progress import progress_bar
@@ -263,4 +263,7 @@ def _stored_bits(name: str | None) -> float | None:
     """Bits per weight of a checkpoint in a local folder; else not known."""
     if name is None or not any(Path(name).glob("*.safetensors")):
         return None
-    return bits_per_weight(inspect_checkpoint(Path(name)))
+    try:
+        return bits_per_weight(inspect_checkpoint(Path(name)))
+    except FormatError:  # quantized by another tool, in a format that we cannot count
+        return None

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from llmq.adapters import RoutedLinear
@@ -171,45 +170,61 @@ def shared_input_groups(block: nn.Module, hidden: Tensor, call: Call) -> list[li
     return [names for names in groups.values() if names]
 
 
-def staged(
-    block: nn.Module, groups: list[list[str]], hidden: list[Tensor], calls: Sequence[Call]
-) -> Iterator[tuple[list[str], list[Any]]]:
-    """Run a block once on every batch, halting all of them before each group of linears.
+class _Reached(Exception):
+    """Ends a block's forward where its input is wanted."""
 
-    Yields (names, inputs): the group's linears and, per batch, the tensor that they are about to
-    read (a list of tensors, one per expert, for a `RoutedLinear`). What the caller does to the
-    weights of these linears before asking for the next group is what the run goes on with, so
-    every later group sees the error of the ones already quantized ("true sequential"), in one
-    pass instead of one pass per group. When the generator ends, `hidden` holds the outputs.
+    def __init__(self, value: Any):
+        super().__init__()
+        self.value = value
 
-    Each batch runs in a greenlet (a coroutine that can be suspended inside a module's forward).
+
+@torch.no_grad()
+def inputs_of(
+    block: nn.Module, name: str, hidden: Sequence[Tensor], calls: Sequence[Call]
+) -> Iterator[Any]:
+    """Per batch, what the matrix `name` is about to read; the block runs no further than that.
+
+    A tensor (..., K), or for a `RoutedLinear` a list of one tensor (t_e, K) per expert. Nothing
+    but one batch is alive at a time: memory does not grow with the amount of calibration text.
     """
-    turn = {names[0]: i for i, names in enumerate(groups)}
-    done = -1
 
-    def halt(index: int) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            if index > done:
-                getcurrent().parent.switch((index, args[0]))  # type: ignore[union-attr]
+    def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
+        raise _Reached(args[0])
 
-        return hook
+    with hooks(block.get_submodule(name).register_forward_pre_hook(stop)):
+        for states, call in zip(hidden, calls, strict=True):
+            try:
+                run_block(block, states, call)
+            except _Reached as reached:
+                yield reached.value
 
-    def run(b: int) -> None:
-        hidden[b] = run_block(block, hidden[b], calls[b])
 
-    handles = [
-        block.get_submodule(name).register_forward_pre_hook(halt(i)) for name, i in turn.items()
-    ]
-    with hooks(*handles):
-        runs = [greenlet(run) for _ in hidden]
-        waiting = [r.switch(b) for b, r in enumerate(runs)]
-        for i, names in enumerate(groups):
-            yield names, [place[1] for place in waiting if place and place[0] == i]
-            done = i
-            for b, place in enumerate(waiting):
-                if place and place[0] == i:
-                    waiting[b] = place = None  # drop our reference to the input before going on
-                    waiting[b] = runs[b].switch()
+@torch.no_grad()
+def head_inputs(
+    model: nn.Module, blocks: nn.ModuleList, batches: Sequence[Tensor], hidden: Sequence[Tensor]
+) -> Iterator[Tensor]:
+    """Per batch, what the output layer reads if the last block returned `hidden`."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    device, dtype = head.weight.device, head.weight.dtype
+    returns_tuple = _returns_tuple(model, blocks, batches[0][:1, :8])
+    current: list[Tensor] = []
+
+    def resume(_: Tensor) -> Any:
+        return (current[0], None) if returns_tuple else current[0]
+
+    stand_ins: list[nn.Module] = [_StandIn(block, [], resume) for block in blocks]
+    seen: list[Tensor] = []
+    catcher = nn.Identity()
+    catcher.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model.set_output_embeddings(catcher)  # type: ignore[operator]
+    try:
+        with replaced(blocks, stand_ins):
+            for ids, states in zip(batches, hidden, strict=True):
+                current[:] = [states.to(device, dtype)]
+                model(input_ids=ids, use_cache=False)
+                yield seen.pop()
+    finally:
+        model.set_output_embeddings(head)  # type: ignore[operator]
 
 
 def _cast(value: Any, device: torch.device, dtype: torch.dtype) -> Any:

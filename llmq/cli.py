@@ -103,6 +103,7 @@ def quantize(
             "Calibrating on the small text that comes with llmq: "
             "--calibration with text of your own domain is better.",
             style="yellow",
+            soft_wrap=True,
         )
     from llmq import api
     from llmq.report import size, table

@@ -135,7 +135,7 @@ def _fuse(group: list[PackedLinear]) -> None:
     fused = PackedLinear(
         first.scheme, first.in_features, sum(sizes), first.bias is not None, device="meta"
     )
-    for name, parameter in first.named_parameters():
+    for name, _ in first.named_parameters():
         if name == "weight_shape":
             continue
         tensors = [getattr(layer, name).detach() for layer in group]

@@ -10,32 +10,51 @@ from torch import Tensor
 PANELS = 4  # H is symmetric: computing its lower block triangle in 4 panels saves 3/8 of the work
 
 
-@torch.no_grad()
-def second_moment(inputs: Iterable[Tensor]) -> tuple[Tensor, int]:
-    """Mean of x x^T over all rows x of `inputs`.
+class SecondMoment:
+    """Running mean of x x^T over rows x, in float32 whatever their dtype.
 
     Args:
-        inputs: tensors (..., K); products are accumulated in float32 whatever their dtype.
-
-    Returns:
-        H, float32 (K, K), exactly symmetric; and the number of rows. All zeros if there are none.
+        K: length of a row.
+        device: where the rows are.
     """
-    total: Tensor | None = None
-    count = 0
-    for x in inputs:
+
+    def __init__(self, K: int, device: torch.device | str = "cpu"):
+        self.total = torch.zeros(K, K, device=device)  # blocks above the diagonal stay zero
+        self.count = 0
+
+    @torch.no_grad()
+    def add(self, x: Tensor) -> None:
+        """Take in all rows of x (..., K); there may be none."""
         rows = x.reshape(-1, x.shape[-1]).float()
         K = rows.shape[1]
-        if total is None:
-            total = torch.zeros(K, K, device=x.device)
         step = -(-K // PANELS)
         for start in range(0, K, step):
             stop = min(start + step, K)
-            total[start:stop, :stop].addmm_(rows[:, start:stop].T, rows[:, :stop])
-        count += len(rows)
-    if total is None:
-        raise ValueError("second_moment needs at least one tensor, possibly with no rows")
-    H = total.tril() + total.tril(-1).T
-    return H / max(count, 1), count
+            self.total[start:stop, :stop].addmm_(rows[:, start:stop].T, rows[:, :stop])
+        self.count += len(rows)
+
+    def mean(self) -> Tensor:
+        """H (K, K), exactly symmetric; all zeros if no row was seen."""
+        return (self.total.tril() + self.total.tril(-1).T) / max(self.count, 1)
+
+
+def second_moments(inputs: Iterable[Tensor | Sequence[Tensor]]) -> list[tuple[Tensor, int]]:
+    """Mean of x x^T and number of rows, of a tensor or of one tensor per expert.
+
+    Args:
+        inputs: per batch a tensor (..., K), or a sequence of E tensors (t_e, K).
+
+    Returns:
+        one (H, count), or E of them.
+    """
+    sums: list[SecondMoment] = []
+    for batch in inputs:
+        tensors = [batch] if isinstance(batch, Tensor) else batch
+        if not sums:
+            sums = [SecondMoment(x.shape[-1], x.device) for x in tensors]
+        for moment, x in zip(sums, tensors, strict=True):
+            moment.add(x)
+    return [(moment.mean(), moment.count) for moment in sums]
 
 
 def with_prior(moments: Sequence[tuple[Tensor, int]]) -> list[tuple[Tensor, int]]:

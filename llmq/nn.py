@@ -11,6 +11,8 @@ offload. `prepare` chooses a backend; before that, `forward` is the plain torch 
 from __future__ import annotations
 
 import copy
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -22,6 +24,8 @@ from llmq.errors import SchemeError
 from llmq.formats import compressed_tensors
 from llmq.formats.compressed_tensors import words
 from llmq.scheme import QuantizedWeight, QuantScheme, grouped, minmax_grid, round_to_grid
+
+logger = logging.getLogger(__name__)
 
 STACKS: tuple[Literal["gate_up_proj", "down_proj"], ...] = ("gate_up_proj", "down_proj")
 
@@ -80,6 +84,7 @@ class PackedLinear(nn.Module):
         self.register_parameter("weight_zero_point", zero)
         self.weight_shape = _frozen(torch.tensor([N, K], device=device))
         self.register_parameter("bias", empty(N, dtype=dtype) if bias else None)
+        self.wanted: str | None = backends.TORCH.name
         self.backend: backends.Backend = backends.TORCH
         self.prepared = ()
 
@@ -125,6 +130,7 @@ class PackedLinear(nn.Module):
         Raises:
             BackendError: the named backend cannot run this layer.
         """
+        self.wanted = backend
         self.backend = backends.choose(self, backend)
         self.prepared = self.backend.prepare(self)
 
@@ -134,8 +140,7 @@ class PackedLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         """`.to()`, `.half()`, `.cuda()` and friends: what was prepared no longer fits."""
         super()._apply(fn, recurse)
-        if self.backend is not backends.TORCH:
-            self.prepare()
+        self.prepare(self.wanted)
         return self
 
     def extra_repr(self) -> str:
@@ -198,12 +203,14 @@ class PackedExperts(nn.Module):
         stack: Tensor = experts.down_proj  # type: ignore[assignment]
         self.num_experts = stack.shape[0]
         self.schemes = {"gate_up_proj": gate_up, "down_proj": down}
+        self.shapes = {name: tuple(expert_weight(experts, name, 0).shape) for name in STACKS}
         self.has_bias = bool(experts.has_bias)
         self.merged = not experts.is_transposed and getattr(experts, "is_concatenated", True)
         self.apply_gate = without_parameters(experts)._apply_gate
+        self.wanted: str | None = backends.TORCH.name
         self._experts: list[tuple[PackedLinear, PackedLinear]] | None = None
         for name, scheme in self.schemes.items():
-            N, K = expert_weight(experts, name, 0).shape
+            N, K = self.shapes[name]
             one = PackedLinear(scheme, K, N, self.has_bias, dtype or stack.dtype, "meta")
             for suffix, parameter in one.named_parameters():
                 shape = (self.num_experts, *parameter.shape)
@@ -252,11 +259,8 @@ class PackedExperts(nn.Module):
             for suffix in ("weight_packed", "weight_scale", "weight_zero_point", "bias")
             if hasattr(self, _stacked_name(name, suffix))
         }
-        scheme = self.schemes[name]
-        N, groups = stacked["weight_scale"].shape[1:]
-        K = stacked["weight_packed"].shape[2] * 32 // scheme.bits
-        K = groups * scheme.group_size if scheme.group_size > 0 else K
-        layer = PackedLinear(scheme, K, N, "bias" in stacked, device="meta")
+        N, K = self.shapes[name]
+        layer = PackedLinear(self.schemes[name], K, N, self.has_bias, device="meta")
         for suffix, tensor in stacked.items():
             setattr(layer, suffix, _frozen(tensor.detach()[index]))
         layer.weight_shape = _frozen(torch.tensor([N, K]))
@@ -264,6 +268,9 @@ class PackedExperts(nn.Module):
 
     def prepare(self, backend: str | None = None) -> None:
         """Choose a backend for every expert (see `PackedLinear.prepare`)."""
+        self.wanted, self._experts = backend, None
+        if any(parameter.is_meta for parameter in self.parameters()):
+            return  # offloaded: what is on meta now is replaced before every call
         experts = [self.expert(index) for index in range(self.num_experts)]
         for layer in (layer for pair in experts for layer in pair):
             layer.prepare(backend)
@@ -287,12 +294,11 @@ class PackedExperts(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedExperts:
         super()._apply(fn, recurse)
         if self._experts is not None:
-            self.prepare()
+            self.prepare(self.wanted)
         return self
 
     def extra_repr(self) -> str:
-        schemes = ", ".join(f"{name}={scheme}" for name, scheme in self.schemes.items())
-        return f"num_experts={self.num_experts}, {schemes}"
+        return f"num_experts={self.num_experts}, {self.schemes}"
 
 
 def _stacked_name(name: str, suffix: str) -> str:
@@ -317,9 +323,18 @@ def packed_modules(model: nn.Module) -> Iterator[tuple[str, PackedLinear | Packe
 def prepare(model: nn.Module, backend: str | None = None) -> nn.Module:
     """Choose a backend for every packed module of `model`, in place; returns `model`.
 
+    Logs one line if any of them is left to plain torch although nobody asked for that.
+
     Raises:
         BackendError: the named backend cannot run one of the layers.
     """
+    slow: Counter[str] = Counter()
     for _, module in packed_modules(model):
         module.prepare(backend)
+        layer = module if isinstance(module, PackedLinear) else module.expert(0)[0]
+        if backend is None and backends.choose(layer) == backends.TORCH:
+            slow[backends.BACKENDS[0].why_not(layer) or ""] += 1
+    if slow:
+        reason, _ = slow.most_common(1)[0]
+        logger.warning("%d packed modules run on plain torch: %s", slow.total(), reason)
     return model

@@ -3,19 +3,18 @@
     record how every block is called          (blocks.record_calls; no block is computed)
     for each block:
         fold AWQ factors into it               (optional; solvers.awq)
-        run all batches through it, halting before each group of linears that read one tensor:
-            H = second moment of that tensor   (moments)
+        for each group of linears that read one tensor, in the order in which they run:
+            H = second moment of that tensor   (moments; the block is run up to there)
             solve every linear of the group    (solvers)
-            go on with the quantized weights
+            run with the quantized weights from here on
         put packed layers in their place       (nn)
 
 So every linear is solved for the inputs that it will really see, behind layers that are already
-quantized, and each block runs once.
+quantized ("true sequential").
 """
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,16 +23,18 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from llmq.adapters import as_linears
+from llmq.adapters import as_linears, run_copy, run_dtype, shared_copy
 from llmq.blocks import (
     decoder_blocks,
+    head_inputs,
+    inputs_of,
     linears,
     record_calls,
+    run_block,
     shared_input_groups,
-    staged,
 )
 from llmq.errors import NonFiniteError, SchemeError
-from llmq.moments import second_moment, with_prior
+from llmq.moments import second_moments, with_prior
 from llmq.nn import PackedExperts, PackedLinear
 from llmq.scheme import QuantizedWeight, QuantScheme
 from llmq.solvers import Solver
@@ -51,6 +52,8 @@ class Recipe:
         scheme: number format of every quantized linear.
         solver: how codes are found.
         awq: scale channels before solving, or None.
+        lm_head: whether the output layer is quantized too. If it is tied to the embeddings they
+            are untied: the embeddings stay as they are.
         skip: patterns of linears to leave as they are: a module name or the end of one, with
             shell wildcards ("model.layers.0.*", "down_proj", "*.mlp.*").
     """
@@ -59,6 +62,7 @@ class Recipe:
     solver: Solver = GPTQ()
     awq: AWQ | None = None
     skip: tuple[str, ...] = ()
+    lm_head: bool = False
 
     def scheme_for(self, name: str) -> QuantScheme | None:
         """The number format of the linear called `name`; None if it is skipped."""
@@ -88,14 +92,22 @@ class LayerReport:
     seconds: float
 
 
-def quantizable(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Names and shapes (N, K) of all matrices in the decoder blocks; stacks count once."""
+def quantizable(model: nn.Module, lm_head: bool = False) -> dict[str, tuple[int, int]]:
+    """Names and shapes (N, K) of all matrices in the decoder blocks; stacks count once.
+
+    With `lm_head`, the output layer too.
+    """
     name, blocks = decoder_blocks(model)
     found = {}
     for i, block in enumerate(blocks):
-        for linear, module in linears(as_linears(_shared_copy(block))).items():
-            N, K = module.weight.shape[-2:]
+        view = as_linears(shared_copy(block))
+        for linear in linears(view):
+            N, K = view.get_parameter(f"{linear}.weight").shape[-2:]
             found[f"{name}.{i}.{linear}"] = (N, K)
+    if lm_head:
+        head = _head_name(model)
+        N, K = model.get_parameter(f"{head}.weight").shape
+        found[head] = (N, K)
     return found
 
 
@@ -118,36 +130,40 @@ def quantize(
         SchemeError: the group size does not divide a layer; nothing has been changed then.
         NonFiniteError: an activation is NaN or infinite.
     """
-    check_groups(quantizable(model), recipe)
+    check_groups(quantizable(model, recipe.lm_head), recipe)
     prefix, blocks = decoder_blocks(model)
     recording = record_calls(model, blocks, batches)
     probes = record_calls(model, blocks, [batches[0][:1, :PROBE]])
     hidden = recording.hidden
     where = torch.device(device) if device is not None else hidden[0].device
-    dtype = _run_dtype(hidden[0].dtype, where)
+    dtype = run_dtype(hidden[0].dtype, where)
     for b, states in enumerate(hidden):
         hidden[b] = states.to(where, dtype)
 
     for i, block in enumerate(blocks):
-        view = as_linears(_shared_copy(block))  # the block's own tensors
-        work = _run_copy(view, where, dtype)  # what runs, and takes on quantized weights
+        view = as_linears(shared_copy(block))  # the block's own tensors
+        work = run_copy(view, where, dtype)  # what runs, and takes on quantized weights
         calls = [call.to(where, dtype) for call in recording.calls[i]]
         probe = (hidden[0][:1, :PROBE], probes.calls[i][0].to(where, dtype))
         names = {n: s for n in linears(view) if (s := recipe.scheme_for(f"{prefix}.{i}.{n}"))}
         if recipe.awq:
             recipe.awq.smooth(view, work, names, hidden, calls, probe)
         solved: dict[str, list[QuantizedWeight]] = {}
-        groups = shared_input_groups(work, *probe)
-        for group, inputs in staged(work, groups, hidden, calls):
+        for group in shared_input_groups(work, *probe):
             chosen = {n: names[n] for n in group if n in names}
             if not chosen:
                 continue
-            moments = _moments(inputs, f"{prefix}.{i}.{group[0]}")
+            moments = second_moments(inputs_of(work, group[0], hidden, calls))
+            moments = _checked(moments, f"{prefix}.{i}.{group[0]}")
             for name, report, results in _solve_group(view, work, chosen, moments, recipe.solver):
                 solved[name] = results
                 yield from (_named(r, f"{prefix}.{i}") for r in report)
+        for b, call in enumerate(calls):
+            hidden[b] = run_block(work, hidden[b], call)
         _pack(block, solved)
         recording.calls[i].clear()
+    if recipe.lm_head:
+        yield from _quantize_head(model, blocks, batches, hidden, recipe)
 
 
 def check_groups(shapes: dict[str, tuple[int, int]], recipe: Recipe) -> None:
@@ -174,22 +190,49 @@ def check_groups(shapes: dict[str, tuple[int, int]], recipe: Recipe) -> None:
     )
 
 
-def _moments(inputs: list[Tensor] | list[list[Tensor]], name: str) -> list[tuple[Tensor, int]]:
-    """Second moment and token count of a linear's inputs, or of each expert's.
+def _quantize_head(
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    batches: Sequence[Tensor],
+    hidden: Sequence[Tensor],
+    recipe: Recipe,
+) -> Iterator[LayerReport]:
+    """Solve the output layer for what the quantized blocks feed it."""
+    name = _head_name(model)
+    scheme = recipe.scheme_for(name)
+    if scheme is None:
+        return
+    [(H, count)] = second_moments(head_inputs(model, blocks, batches, hidden))
+    W = model.get_parameter(f"{name}.weight").data
+    start = time.perf_counter()
+    q = recipe.solver.solve(W.to(H.device), H, scheme)
+    seconds = time.perf_counter() - start
+    packed = PackedLinear.from_quantized(q, getattr(model.get_submodule(name), "bias", None)).to(
+        W.device
+    )
+    packed.prepare()
+    model.set_output_embeddings(packed)  # type: ignore[operator]
+    error = relative_error(W.to(H.device), q, H)
+    yield LayerReport(name, q.shape, scheme, error, count, seconds)
+
+
+def _head_name(model: nn.Module) -> str:
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return next(name for name, module in model.named_modules() if module is head)
+
+
+def _checked(moments: list[tuple[Tensor, int]], name: str) -> list[tuple[Tensor, int]]:
+    """Second moments that are finite; those of experts get their prior.
 
     Raises:
         NonFiniteError: names the linear.
     """
-    columns = [inputs] if isinstance(inputs[0], Tensor) else list(zip(*inputs, strict=True))
-    moments = [second_moment(column) for column in columns]
     if not all(bool(H.diagonal().isfinite().all()) for H, _ in moments):
         raise NonFiniteError(
             f"{name}: its input is NaN or infinite in calibration. The model overflows in its "
             "dtype on this text; convert it to bfloat16 or float32."
         )
-    if len(moments) == 1:
-        return moments
-    return with_prior(moments)
+    return with_prior(moments) if len(moments) > 1 else moments
 
 
 def _solve_group(
@@ -237,7 +280,7 @@ def relative_error(W: Tensor, q: QuantizedWeight, H: Tensor) -> float:
 
 
 def _matrix(block: nn.Module, name: str, expert: int) -> Tensor:
-    weight = block.get_submodule(name).weight.data
+    weight = block.get_parameter(f"{name}.weight").data
     return weight[expert] if weight.ndim == 3 else weight
 
 
@@ -267,23 +310,3 @@ def _pack(block: nn.Module, solved: dict[str, list[QuantizedWeight]]) -> None:
 
 def _named(report: LayerReport, prefix: str) -> LayerReport:
     return LayerReport(**{**vars(report), "name": f"{prefix}.{report.name}"})
-
-
-def _shared_copy(block: nn.Module) -> nn.Module:
-    """A copy of a block's structure around the very same tensors."""
-    tensors = [*block.parameters(), *block.buffers()]
-    return copy.deepcopy(block, {id(t): t for t in tensors})
-
-
-def _run_copy(block: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A copy of a block on `device`, float16 parameters in `dtype`."""
-    work = copy.deepcopy(block).to(device)
-    for tensor in work.parameters():
-        if tensor.dtype == torch.float16:
-            tensor.data = tensor.data.to(dtype)
-    return work
-
-
-def _run_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """float16 is several times slower than bfloat16 on CPUs; calibration does not need it."""
-    return torch.bfloat16 if dtype == torch.float16 and device.type == "cpu" else dtype

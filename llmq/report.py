@@ -92,6 +92,8 @@ def inspect_checkpoint(folder: Path) -> list[StoredLayer]:
         if scheme is None:
             continue
         parts = [others.pop(prefix + part).nbytes for part in _PARTS if prefix + part in others]
+        if f"{prefix}_shape" not in headers:
+            raise FormatError(f"{folder}: {prefix}_shape is missing: the checkpoint is damaged.")
         counts = headers[f"{prefix}_shape"].value
         shape = (*headers[key].shape[:-2], *counts[:2])  # (N, K) or (E, N, K)
         experts = range(shape[0]) if len(shape) == 3 else [None]

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 METHODS = ("rtn", "gptq", "awq")
 BITS = (4, 3)
+SAMPLES = 64  # windows of calibration text
+WINDOWS = 80  # windows of evaluation text
 PROMPT = "ROMEO:\n"
 
 
@@ -42,7 +44,7 @@ class Trial:
     result: Evaluation
 
 
-def run(out: Path, *, windows: int | None = None, samples: int = 64) -> Iterator[Trial]:
+def run(out: Path) -> Iterator[Trial]:
     """Quantize the embedded model into folders under `out`; yield full precision, then each.
 
     Raises:
@@ -52,7 +54,7 @@ def run(out: Path, *, windows: int | None = None, samples: int = 64) -> Iterator
     if not (source / "config.json").is_file():
         raise SourceError(f"{source}: the embedded model is missing; reinstall llmq.")
     reference = open_model(str(source))
-    common: dict[str, Any] = {"seq_len": 256, "windows": windows, "device": "cpu"}
+    common: dict[str, Any] = {"seq_len": 256, "windows": WINDOWS, "device": "cpu"}
     result = api.evaluate(source, **common)
     yield Trial("full precision", _bytes(source), 0.0, result)
     for bits in BITS:
@@ -65,7 +67,7 @@ def run(out: Path, *, windows: int | None = None, samples: int = 64) -> Iterator
                 method=method,
                 bits=bits,
                 group_size=64,
-                samples=samples,
+                samples=SAMPLES,
                 seq_len=256,
                 device="cpu",
             )

@@ -4,10 +4,9 @@ import pytest
 import torch
 from zoo import ARCHITECTURES, tiny_model
 
-from llmq.adapters import as_linears
+from llmq.adapters import as_linears, shared_copy
 from llmq.blocks import decoder_blocks, record_calls
-from llmq.moments import second_moment
-from llmq.quantize import _shared_copy
+from llmq.moments import second_moments
 from llmq.scheme import QuantScheme
 from llmq.solvers.awq import AWQ, _expected_error
 from llmq.solvers.awq_pairs import Pair, fold, proven_pairs
@@ -39,11 +38,11 @@ def test_pairs_leave_the_logits_alone(name):
     _, blocks = decoder_blocks(model)
     recording = record_calls(model, blocks, [ids])
     for block, calls in zip(blocks, recording.calls, strict=True):
-        view = as_linears(_shared_copy(block))
+        view = as_linears(shared_copy(block))
         pairs = proven_pairs(view, recording.hidden[0], calls[0])
         assert len(pairs) == PAIRS.get(name, 4)
         for pair in pairs:
-            K = view.get_submodule(pair.readers[0]).weight.shape[-1]
+            K = view.get_parameter(f"{pair.readers[0]}.weight").shape[-1]
             fold(view, pair, pair.tie(torch.rand(K, generator=generator) + 0.5))
     change = (model(ids).logits - before).norm() / before.norm()
     assert change < 1e-5
@@ -67,14 +66,14 @@ def test_search_finds_the_outlier_channels():
     block.linear = torch.nn.Linear(64, 48, bias=False)
     x = torch.randn(512, 64, generator=generator)
     x[:, :4] *= 30
-    H, _ = second_moment([x])
+    [(H, _)] = second_moments([x])
     pair = Pair("norm", "norm", None, ("linear",))
     schemes = {"linear": QuantScheme(3, 32)}
     factors = AWQ().search(block, pair, H, schemes)
     assert factors is not None
     assert factors[:4].min() > 2 * factors[4:].max()
-    plain = _expected_error(block.linear, torch.ones(64), H, schemes["linear"])
-    assert _expected_error(block.linear, factors, H, schemes["linear"]) < 0.7 * plain
+    plain = _expected_error(block.linear.weight, torch.ones(64), H, schemes["linear"])
+    assert _expected_error(block.linear.weight, factors, H, schemes["linear"]) < 0.7 * plain
 
 
 def test_tied_channels_get_one_factor():

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from zoo import save_tiny
 
 import llmq
 from llmq import demo, showcase
+from llmq.report import inspect_checkpoint
 
 
 def test_quantize_eval_inspect_generate(run, model: Path, text: Path, tmp_path: Path) -> None:
@@ -96,6 +98,20 @@ def test_the_embedded_text_is_the_default_and_says_so(run, model, text, tmp_path
     assert 1 <= report["calibration"]["windows"] < 128
 
 
+@pytest.mark.parametrize("name", ["gpt_oss", "mixtral", "qwen3_moe", "gpt2"])
+def test_every_matrix_on_disk_finds_its_error(tmp_path, text, name) -> None:
+    """Experts in stacks or one by one under other names, and transposed matrices."""
+    model = save_tiny(name, tmp_path / "model", torch.bfloat16)
+    settings: dict[str, Any] = {"samples": 4, "seq_len": 64, "group_size": 64}
+    report = llmq.quantize(model, tmp_path / "out", calibration=str(text), **settings)
+    *layers, others = inspect_checkpoint(tmp_path / "out")
+    assert all(layer.error is not None for layer in layers)
+    assert not others.quantized
+    weights = sum(N * K for N, K in (layer["shape"] for layer in report["layers"]))
+    assert sum(layer.weights for layer in layers) == weights
+    assert report["bits_per_weight"] == pytest.approx(4 + 20 / 64, abs=0.02)
+
+
 def test_token_ids_calibrate_too(model, tmp_path) -> None:
     ids = torch.randint(0, 384, (4, 64), generator=torch.Generator().manual_seed(0))
     report = llmq.quantize(
@@ -135,6 +151,7 @@ def test_demo_compares_every_method(run, tmp_path, text, monkeypatch) -> None:
     monkeypatch.setattr(demo, "calibration_path", lambda: text)
     monkeypatch.setattr(demo, "evaluation_path", lambda: text)
     monkeypatch.setattr(showcase, "BITS", (4,))
+    monkeypatch.setattr(showcase, "WINDOWS", 8)
     status, stdout, stderr = run("demo", "--out", tmp_path / "out", "--json")
     assert status == 0, stderr
     trials = json.loads(stdout.splitlines()[-1])["trials"]

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
-from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 from hypothesis import given, settings, strategies as st
 
 from llmq.errors import FormatError
@@ -126,7 +126,10 @@ def test_config_round_trip_and_the_independent_package_agrees(scheme):
     parsed = ct.parse_config(written)
     assert parsed.scheme_for("model.layers.0.mlp.up_proj") == scheme
     assert parsed.scheme_for("lm_head") is None
-    weights = QuantizationConfig.model_validate(written).config_groups["group_0"].weights
+    group = QuantizationConfig.model_validate(written).config_groups["group_0"]
+    assert isinstance(group, QuantizationScheme)
+    weights = group.weights
+    assert weights is not None
     assert weights.num_bits == scheme.bits
     assert weights.symmetric is scheme.symmetric
     assert weights.strategy == ("channel" if scheme.group_size == -1 else "group")

@@ -172,7 +172,7 @@ def test_stock_transformers_computes_the_same_logits(tmp_path):
     for name in names:
         model = packed(name, SYMMETRIC)
         hf.save(model, tmp_path / name)
-        expected[name] = logits(prepare(model, "torch"))  # the CPU's int4 kernel rounds otherwise
+        expected[name] = logits(prepare(model, "torch"))  # the arithmetic of the other package
     folders = [str(tmp_path / name) for name in names]
     environment = {**os.environ, "PYTHONPATH": str(Path(zoo.__file__).parent)}
     run = subprocess.run(
@@ -406,11 +406,12 @@ def test_generate_with_static_cache_and_compile(tmp_path):
 
 @pytest.mark.parametrize("name", ["llama", "mixtral", "gpt_oss"])
 def test_device_map_cpu_and_disk_offload(name, tmp_path):
-    model = packed(name)
+    # float32, where offloaded layers and the others take the same path.
+    model = packed(name, dtype=torch.float32)
     saved = hf.save(model, tmp_path / "a")
-    assert torch.equal(logits(hf.load(saved, device_map="auto")), logits(model))
-    expected = logits(prepare(model, "torch"))  # offloaded layers cannot be repacked
-    split = hf.load(saved, backend="torch", device_map=SPLIT, offload_folder=tmp_path / "offload")
+    expected = logits(model)
+    assert torch.equal(logits(hf.load(saved, device_map="auto")), expected)
+    split = hf.load(saved, device_map=SPLIT, offload_folder=tmp_path / "offload")
     held = {n: next(m.parameters()).is_meta for n, m in packed_modules(split)}
     assert all(on_meta == n.startswith("model.layers.1.") for n, on_meta in held.items())
     assert torch.equal(logits(split), expected)

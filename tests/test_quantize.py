@@ -1,6 +1,7 @@
 """The flow on every architecture: everything is quantized, and better than by rounding."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from zoo import ARCHITECTURES, tiny_model
 
 from llmq.errors import NonFiniteError, SchemeError
 from llmq.nn import PackedExperts, PackedLinear
-from llmq.quantize import Recipe, quantizable, quantize
+from llmq.quantize import LayerReport, Recipe, quantizable, quantize
 from llmq.scheme import QuantScheme
 from llmq.solvers.awq import AWQ
 from llmq.solvers.gptq import GPTQ
@@ -19,7 +20,7 @@ from llmq.solvers.rtn import RTN
 SCHEME = QuantScheme(4, 32)
 
 
-def batches(model: nn.Module, count: int = 3) -> list[torch.Tensor]:
+def batches(model: Any, count: int = 3) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     vocab = model.config.vocab_size
     return [torch.randint(0, vocab, (4, 48), generator=generator) for _ in range(count)]
@@ -31,14 +32,14 @@ def divergence(model: nn.Module, other: nn.Module, ids: torch.Tensor) -> float:
     return float(F.kl_div(q, p, log_target=True, reduction="batchmean")) / ids.shape[1]
 
 
-def quantized(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, list]:
+def quantized(model: Any, recipe: Recipe) -> tuple[Any, list[LayerReport]]:
     result = copy.deepcopy(model)
     return result, list(quantize(result, batches(model), recipe))
 
 
 @pytest.mark.parametrize("name", list(ARCHITECTURES))
 def test_every_architecture(name):
-    model = tiny_model(name, dtype=torch.float32).eval()
+    model: Any = tiny_model(name, dtype=torch.float32).eval()
     rounded, _ = quantized(model, Recipe(SCHEME, RTN()))
     solved, reports = quantized(model, Recipe(SCHEME, GPTQ()))
     ids = batches(model, 1)[0]
@@ -55,7 +56,7 @@ def test_every_architecture(name):
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "mixtral"])
 def test_awq_before_any_solver(name):
-    model = tiny_model(name, dtype=torch.float32).eval()
+    model: Any = tiny_model(name, dtype=torch.float32).eval()
     ids = batches(model, 1)[0]
     plain, _ = quantized(model, Recipe(SCHEME, RTN()))
     awq, _ = quantized(model, Recipe(SCHEME, RTN(search=True), AWQ()))
@@ -64,7 +65,7 @@ def test_awq_before_any_solver(name):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models(dtype):
-    model = tiny_model("llama", dtype=dtype).eval()
+    model: Any = tiny_model("llama", dtype=dtype).eval()
     result, reports = quantized(model, Recipe(QuantScheme(4, 64, symmetric=True)))
     layer = result.model.layers[0].mlp.down_proj
     assert layer.weight_scale.dtype == dtype
@@ -72,8 +73,20 @@ def test_half_precision_models(dtype):
     assert len(reports) == 14
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2", "falcon"])
+def test_output_layer_too(name):
+    model: Any = tiny_model(name, dtype=torch.float32).eval()
+    ids = batches(model, 1)[0]
+    result, reports = quantized(model, Recipe(QuantScheme(8, 32), lm_head=True))
+    rounded, _ = quantized(model, Recipe(QuantScheme(8, 32), RTN(), lm_head=True))
+    assert isinstance(result.get_output_embeddings(), PackedLinear)
+    assert isinstance(result.get_input_embeddings(), nn.Embedding)
+    assert reports[-1].name == "lm_head"
+    assert divergence(model, result, ids) < divergence(model, rounded, ids)
+
+
 def test_skipped_layers_stay_as_they_are():
-    model = tiny_model("mixtral", dtype=torch.float32).eval()
+    model: Any = tiny_model("mixtral", dtype=torch.float32).eval()
     recipe = Recipe(SCHEME, RTN(), skip=("o_proj", "model.layers.1.mlp.experts.*"))
     result, reports = quantized(model, recipe)
     assert isinstance(result.model.layers[0].self_attn.o_proj, nn.Linear)
@@ -87,7 +100,7 @@ def test_skipped_layers_stay_as_they_are():
 
 
 def test_starved_experts_are_solved_and_counted():
-    model = tiny_model("qwen3_moe", dtype=torch.float32).eval()
+    model: Any = tiny_model("qwen3_moe", dtype=torch.float32).eval()
     for layer in model.model.layers:  # the router never picks expert 0
         layer.mlp.gate.weight.data[0] = 0
         layer.mlp.gate.weight.data[1:] += 0.5
@@ -102,7 +115,7 @@ def test_starved_experts_are_solved_and_counted():
 
 
 def test_a_group_that_does_not_divide_changes_nothing():
-    model = tiny_model("llama", dtype=torch.float32).eval()
+    model: Any = tiny_model("llama", dtype=torch.float32).eval()
     before = {n: t.clone() for n, t in model.state_dict().items()}
     with pytest.raises(SchemeError) as caught:
         list(quantize(model, batches(model), Recipe(QuantScheme(4, 128))))
@@ -114,14 +127,34 @@ def test_a_group_that_does_not_divide_changes_nothing():
 
 
 def test_overflowing_activations_name_the_layer():
-    model = tiny_model("llama", dtype=torch.float32).eval()
+    model: Any = tiny_model("llama", dtype=torch.float32).eval()
     model.model.layers[1].mlp.up_proj.weight.data.fill_(1e38)
     with pytest.raises(NonFiniteError, match=r"model\.layers\.1\.mlp\.down_proj"):
         list(quantize(model, batches(model), Recipe(SCHEME)))
 
 
+@torch.no_grad()
+def test_every_matrix_is_solved_for_the_inputs_that_it_will_see():
+    model: Any = tiny_model("llama", dtype=torch.float32).eval()
+    seen: dict[str, torch.Tensor] = {}
+
+    class Spy(RTN):
+        def solve(self, W, H, scheme):
+            seen[str(len(seen))] = H
+            return super().solve(W, H, scheme)
+
+    result, _ = quantized(model, Recipe(QuantScheme(2, 32), Spy()))
+    layer, sums = result.model.layers[1].mlp.down_proj, []
+    layer.register_forward_pre_hook(lambda _, args: sums.append(args[0].flatten(0, 1)))
+    for ids in batches(result):
+        result(ids)
+    rows = torch.cat(sums).double()
+    expected = rows.T @ rows / len(rows)
+    assert (seen["7"] - expected).norm() < 1e-5 * expected.norm()
+
+
 def test_same_input_same_result():
-    model = tiny_model("qwen3", dtype=torch.float32).eval()
+    model: Any = tiny_model("qwen3", dtype=torch.float32).eval()
     a, _ = quantized(model, Recipe(SCHEME))
     b, _ = quantized(model, Recipe(SCHEME))
     for (n, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True):

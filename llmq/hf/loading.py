@@ -13,7 +13,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 from llmq.errors import FormatError, SourceError
 from llmq.formats import compressed_tensors
-from llmq.hf.quantizer import LlmqConfig, LlmqQuantizer, choose_backends
+from llmq.hf.quantizer import LlmqConfig, LlmqQuantizer
+from llmq.nn import prepare
 
 
 @dataclass(frozen=True)
@@ -84,5 +85,5 @@ def load(path_or_name: str | Path, *, backend: str | None = None, **kwargs: Any)
             "transformers would fill them with random numbers."
         )
     if backend is not None:
-        choose_backends(model, backend)
+        prepare(model, backend)
     return (model, info) if wants_info else model

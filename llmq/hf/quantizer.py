@@ -26,7 +26,7 @@ from llmq.formats import compressed_tensors
 from llmq.hf.names import checkpoint_config
 from llmq.hf.rounding import RoundToNearest, chosen_parameters
 from llmq.hf.skeleton import pack_skeleton, tensor_shapes
-from llmq.nn import PackedExperts, PackedLinear, packed_modules
+from llmq.nn import PackedExperts, PackedLinear, packed_modules, prepare
 from llmq.scheme import QuantScheme
 
 # transformers 5.17 has no `copy`. There, patterns of key names also match suffixed names, and
@@ -127,7 +127,7 @@ class LlmqQuantizer(HfQuantizer):
             _cast(model, model.config.dtype)
         for _, module in packed_modules(model):
             module.requires_grad_(False)
-        choose_backends(model)
+        prepare(model)
         if not self.pre_quantized:
             attach(model)
         return model
@@ -141,16 +141,6 @@ class LlmqQuantizer(HfQuantizer):
             linear.bias = module.bias  # type: ignore[assignment]
             model.set_submodule(name, linear)
         return model
-
-
-def choose_backends(model: Any, backend: str | None = None) -> None:
-    """Let every packed module of `model` choose its backend, or use the one named.
-
-    Offloaded weights are on meta between calls: those layers keep the plain torch path.
-    """
-    for _, module in packed_modules(model):
-        if not any(parameter.is_meta for parameter in module.parameters()):
-            module.prepare(backend)
 
 
 def _cast(model: Any, dtype: torch.dtype) -> None:

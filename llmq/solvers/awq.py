@@ -12,13 +12,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from llmq.adapters import RoutedLinear
 from llmq.blocks import Call, hooks, run_block
-from llmq.moments import second_moment
+from llmq.moments import SecondMoment
 from llmq.scheme import QuantScheme
 from llmq.solvers.awq_pairs import Pair, fold, proven_pairs
 from llmq.solvers.rtn import RTN
@@ -85,7 +85,7 @@ class AWQ:
             factors = rms ** (step / self.steps)
             factors = factors / (factors.max() * factors.min()).sqrt()
             error = sum(
-                _expected_error(block.get_submodule(name), factors, H, schemes[name])
+                _expected_error(block.get_parameter(f"{name}.weight"), factors, H, schemes[name])
                 for name in pair.readers
                 if name in schemes
             )
@@ -94,10 +94,9 @@ class AWQ:
         return best
 
 
-def _expected_error(module: nn.Module, factors: Tensor, H: Tensor, scheme: QuantScheme) -> float:
-    matrices = module.weight if isinstance(module, RoutedLinear) else [module.weight]
+def _expected_error(weight: Tensor, factors: Tensor, H: Tensor, scheme: QuantScheme) -> float:
     total = 0.0
-    for W in matrices:
+    for W in weight if weight.ndim == 3 else [weight]:
         W = W.to(H.device)
         scaled = (W.float() * factors).to(W.dtype)
         rounded = RTN().solve(scaled, H, scheme).dequantize(torch.float32)
@@ -118,7 +117,7 @@ def _output_error(
     """Squared error of the block's output with the pair's readers rounded to nearest, in place."""
     for name in pair.readers:
         if name in schemes:
-            weight = trial.get_submodule(name).weight
+            weight = trial.get_parameter(f"{name}.weight")
             for W in weight if weight.ndim == 3 else [weight]:
                 W.data.copy_(RTN().solve(W.data, W.data, schemes[name]).dequantize())
     return float((run_block(trial, hidden, call).float() - target.float()).square().sum())
@@ -128,23 +127,18 @@ def _moments(
     block: nn.Module, pairs: Sequence[Pair], hidden: Sequence[Tensor], calls: Sequence[Call]
 ) -> list[Tensor]:
     """Per pair, the second moment (K, K) of the tensor that its readers read."""
-    sums: list[Tensor | None] = [None] * len(pairs)
+    sums: dict[str, SecondMoment] = {}
 
-    def add(i: int) -> object:
-        def hook(_: nn.Module, args: tuple) -> None:
-            H, _count = second_moment([args[0]] if isinstance(args[0], Tensor) else args[0])
-            before = sums[i]
-            sums[i] = H if before is None else before.add_(H)
+    def add(_: nn.Module, args: tuple[Tensor | list[Tensor], ...], name: str) -> None:
+        for x in [args[0]] if isinstance(args[0], Tensor) else args[0]:
+            sums.setdefault(name, SecondMoment(x.shape[-1], x.device)).add(x)
 
-        return hook
-
+    names = [pair.readers[0] for pair in pairs]
     handles = [
-        block.get_submodule(pair.readers[0]).register_forward_pre_hook(add(i))  # type: ignore[arg-type]
-        for i, pair in enumerate(pairs)
+        block.get_submodule(name).register_forward_pre_hook(partial(add, name=name))
+        for name in names
     ]
     with hooks(*handles):
         for states, call in zip(hidden, calls, strict=True):
             run_block(block, states, call)
-    found = [H for H in sums if H is not None]
-    assert len(found) == len(pairs)
-    return [H / len(hidden) for H in found]
+    return [sums[name].mean() for name in names]

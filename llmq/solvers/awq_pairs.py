@@ -54,12 +54,11 @@ class Pair:
 def fold(block: nn.Module, pair: Pair, factors: Tensor) -> None:
     """Multiply the readers' columns by `factors` (K,) and divide the producer by them, in place."""
     for name in pair.readers:
-        weight = block.get_submodule(name).weight
+        weight = block.get_parameter(f"{name}.weight")
         weight.data.copy_(weight.data.double() * factors.to(weight.device).double())
-    producer = block.get_submodule(pair.producer)
-    for kind, parameter in (("weight", producer.weight), ("bias", getattr(producer, "bias", None))):
-        if parameter is None:
-            continue
+    own = dict(block.get_submodule(pair.producer).named_parameters(recurse=False))
+    for kind in own.keys() & {"weight", "bias"}:
+        parameter = own[kind]
         data = parameter.data.double()
         divisor = factors.to(parameter.device).double()
         if pair.rows is not None:
@@ -93,7 +92,7 @@ def proven_pairs(block: nn.Module, hidden: Tensor, call: Call) -> list[Pair]:
 
 
 def _holds(block: nn.Module, pair: Pair, hidden: Tensor, call: Call, expected: Tensor) -> bool:
-    K = block.get_submodule(pair.readers[0]).weight.shape[-1]
+    K = block.get_parameter(f"{pair.readers[0]}.weight").shape[-1]
     generator = torch.Generator().manual_seed(0)
     factors = pair.tie(torch.rand(K, generator=generator, dtype=torch.float64).to(hidden.device))
     saved = {n: p.data.clone() for n, p in block.named_parameters() if _of(pair, n)}
@@ -125,9 +124,9 @@ def _candidates(block: nn.Module, hidden: Tensor, call: Call) -> Iterator[Pair]:
         for norm in seen.norms:
             yield Pair(norm, "norm", None, readers)
             yield Pair(norm, "norm+1", None, readers)
-        K = block.get_submodule(readers[0]).weight.shape[-1]
+        K = block.get_parameter(f"{readers[0]}.weight").shape[-1]
         for producer in reversed(order[: seen.turn]):
-            N = block.get_submodule(producer).weight.shape[0]
+            N = block.get_parameter(f"{producer}.weight").shape[0]
             for rows in _row_maps(N, K, head_dims):
                 yield Pair(producer, "rows", rows, readers)
 

@@ -86,7 +86,7 @@ def inverse_factor(H: Tensor, damp: float) -> Tensor:
     U = R^-1; in float64.
 
     Raises:
-        torch.linalg.LinAlgError: not positive definite even with damping tripled eight times
+        ValueError: not positive definite even with damping tripled eight times
             (with damp=0.01 that is 65 times the mean: H is not a second moment).
     """
     H = H.double()
@@ -97,7 +97,7 @@ def inverse_factor(H: Tensor, damp: float) -> Tensor:
         if not bool(failed):
             return torch.linalg.solve_triangular(L.flip(0, 1), eye, upper=True).float()
         damp *= 3
-    raise torch.linalg.LinAlgError(
+    raise ValueError(
         f"second moment ({len(H)} columns) is not positive definite, even with {damp:g} of its "
         "mean diagonal added."
     )
