@@ -38,7 +38,7 @@ from transformers.utils import hub
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
 from llmq import hf
-from llmq.errors import FormatError, OutputError, SchemeError, SourceError
+from llmq.errors import BackendError, FormatError, OutputError, SchemeError, SourceError
 from llmq.formats import compressed_tensors
 from llmq.nn import PackedExperts, PackedLinear, packed_modules, prepare
 from llmq.quantize import Recipe, quantize
@@ -80,7 +80,7 @@ def with_packed_head(model: Any, scheme: QuantScheme = ASYMMETRIC) -> Any:
 
 
 @torch.no_grad()
-def logits(model: PreTrainedModel, ids: torch.Tensor | None = None) -> torch.Tensor:
+def logits(model: Any, ids: torch.Tensor | None = None) -> torch.Tensor:
     return model(zoo.tiny_ids(seed=1) if ids is None else ids).logits
 
 
@@ -123,7 +123,8 @@ def test_saved_and_loaded_logits_are_bit_identical(name, scheme, tmp_path):
     source = zoo.save_tiny(name, tmp_path / "source", torch.bfloat16)
     model = AutoModelForCausalLM.from_pretrained(source)
     list(quantize(model, [zoo.tiny_ids()], Recipe(scheme, RTN())))
-    expected = logits(model)
+    # Backends may treat few rows differently, so one short and one long input.
+    expected = logits(model), logits(model, zoo.tiny_ids(1, 5))
     saved = hf.save(model, tmp_path / "a", source=source)
 
     loaded = AutoModelForCausalLM.from_pretrained(saved)
@@ -131,7 +132,8 @@ def test_saved_and_loaded_logits_are_bit_identical(name, scheme, tmp_path):
     assert kinds == [type(module) for _, module in packed_modules(model)]
     assert (PackedExperts in kinds) == (name in ("mixtral", "qwen3_moe", "gpt_oss"))
     assert [n for n, m in loaded.named_modules() if isinstance(m, nn.Linear)] == ["lm_head"]
-    assert torch.equal(logits(loaded), expected)
+    assert torch.equal(logits(loaded), expected[0])
+    assert torch.equal(logits(loaded, zoo.tiny_ids(1, 5)), expected[1])
     assert all(not p.requires_grad for _, m in packed_modules(loaded) for p in m.parameters())
 
     written, originals = tensors(saved), set(tensors(source))
@@ -575,6 +577,17 @@ def test_no_private_method_reaches_the_disk(llama, tmp_path):
 
 
 # Bad input
+
+
+def test_a_backend_that_is_not_there_or_cannot_run(llama):
+    _, saved = llama
+    loaded = hf.load(saved, backend="torch")
+    names = {m.backend.name for m in loaded.modules() if isinstance(m, PackedLinear)}
+    assert names == {"torch"}
+    with pytest.raises(BackendError, match="use one of"):
+        hf.load(saved, backend="abacus")
+    with pytest.raises(BackendError, match="bfloat16"):
+        hf.load(saved, backend="cpu-int4", dtype=torch.float32)
 
 
 def test_a_path_that_is_not_there(tmp_path):

@@ -14,6 +14,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from llmq.errors import FormatError, SourceError
 from llmq.formats import compressed_tensors
 from llmq.hf.quantizer import LlmqConfig, LlmqQuantizer
+from llmq.nn import prepare
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,13 @@ def take_over() -> None:
     AUTO_QUANTIZER_MAPPING["llmq"] = LlmqQuantizer
 
 
-def load(path_or_name: str | Path, **kwargs: Any) -> Any:
+def load(path_or_name: str | Path, *, backend: str | None = None, **kwargs: Any) -> Any:
     """Load a causal language model; packed weights stay packed.
 
     Args:
         path_or_name: a folder or the name of a model on the Hub.
+        backend: how packed layers are multiplied, see `llmq.backends`; None = the fastest that can
+            run each layer.
         kwargs: as for `AutoModelForCausalLM.from_pretrained`, such as `dtype`, `device_map`,
             or `quantization_config=LlmqConfig(...)` to quantize a full-precision model.
 
@@ -52,6 +55,7 @@ def load(path_or_name: str | Path, **kwargs: Any) -> Any:
     Raises:
         SourceError: there is no such model, or it is not a causal language model.
         FormatError: its files are damaged, incomplete or contradict its config.json.
+        BackendError: `backend` cannot run one of the layers.
     """
     hub = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code")
     options = {key: kwargs[key] for key in hub if key in kwargs}
@@ -80,4 +84,6 @@ def load(path_or_name: str | Path, **kwargs: Any) -> Any:
             f"{path_or_name}: {len(missing)} tensors are missing, such as {missing[0]}; "
             "transformers would fill them with random numbers."
         )
+    if backend is not None:
+        prepare(model, backend)
     return (model, info) if wants_info else model
