@@ -95,13 +95,13 @@ def command(contender: Contender, args: argparse.Namespace, calib: Path, out: Pa
     ]
 
 
-def timed(argv: list[str], threads: int, log: Path) -> dict[str, Any]:
+def timed(argv: list[str], threads: int, log: Path, cwd: Path) -> dict[str, Any]:
     """Run a process to its end; its own cost and the last JSON line that it printed."""
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     started, load = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), os.getloadavg()[0]
     start = time.perf_counter()
     with log.open("w") as file:
-        process = subprocess.Popen(argv, stdout=file, stderr=subprocess.STDOUT, env=env)
+        process = subprocess.Popen(argv, stdout=file, stderr=subprocess.STDOUT, env=env, cwd=cwd)
         _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
     process.returncode = os.waitstatus_to_exitcode(status)  # wait4 has reaped it
@@ -195,7 +195,9 @@ def run(contender: Contender, args: argparse.Namespace, calib: Path) -> tuple[di
         if saved["argv"] == argv:
             return saved["cost"], plain
     shutil.rmtree(out, ignore_errors=True)
-    cost = timed(argv, args.threads, args.work / f"{label}.log")
+    # Peers leave log folders where they run; llmq may be importable from here only.
+    cwd = Path.cwd() if contender.tool == "llmq" else args.work
+    cost = timed(argv, args.threads, args.work / f"{label}.log", cwd)
     script = [str(PEERS / "dequantize.py"), str(args.model), str(out), str(plain)]
     subprocess.run([sys.executable, *script], check=True, stdout=subprocess.DEVNULL)
     done.write_text(json.dumps({"argv": argv, "cost": cost}))
@@ -205,6 +207,10 @@ def run(contender: Contender, args: argparse.Namespace, calib: Path) -> tuple[di
 
 def main() -> None:
     args = arguments()
+    for name in ("model", "calibration", "text", "work"):
+        setattr(args, name, getattr(args, name).absolute())
+    for name in ("gptqmodel", "llmcompressor"):  # absolute, but never through the symbolic link
+        setattr(args, name, getattr(args, name) and str(Path(getattr(args, name)).absolute()))
     args.work.mkdir(parents=True, exist_ok=True)
     calib = args.work / "calibration.json"
     sizes = (str(args.samples), str(args.seq_len))
