@@ -8,8 +8,9 @@ same tensor, and in which order, is observed by running one block once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,6 +44,14 @@ class Recording:
 
     hidden: list[Tensor]
     calls: list[list[Call]]
+
+
+class _Reached(Exception):
+    """Ends a forward where what is wanted has been seen."""
+
+    def __init__(self, value: Any):
+        super().__init__()
+        self.value = value
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -97,31 +106,33 @@ def record_calls(model: nn.Module, blocks: nn.ModuleList, batches: Sequence[Tens
     hidden: list[Tensor] = []
     returns_tuple = _returns_tuple(model, blocks, batches[0][:1, :8])
 
-    def wrap(states: Tensor) -> Any:
+    def enter(i: int, states: Tensor) -> Any:
+        if i == 0:
+            hidden.append(states)
+        if i == len(blocks) - 1:  # the output layer would cost more than everything before
+            raise _Reached(states)
         return (states, None) if returns_tuple else states
 
-    def keep(states: Tensor) -> Any:
-        hidden.append(states)
-        return wrap(states)
-
-    stand_ins = [
-        _StandIn(block, calls[i], keep if i == 0 else wrap) for i, block in enumerate(blocks)
-    ]
+    stand_ins = [_StandIn(block, calls[i], partial(enter, i)) for i, block in enumerate(blocks)]
     with replaced(blocks, stand_ins):
         for ids in batches:
-            model(input_ids=ids, use_cache=False)
+            with suppress(_Reached):
+                model(input_ids=ids, use_cache=False)
     return Recording(hidden, calls)
 
 
 def _returns_tuple(model: nn.Module, blocks: nn.ModuleList, ids: Tensor) -> bool:
-    """Whether blocks return (hidden, ...) rather than hidden; found by running the model once."""
-    seen: list[bool] = []
-    hook = blocks[0].register_forward_hook(
-        lambda _, __, output: seen.append(isinstance(output, tuple))
-    )
-    with hooks(hook):
-        model(input_ids=ids, use_cache=False)
-    return seen[0]
+    """Whether blocks return (hidden, ...) rather than hidden; found by running the first one."""
+
+    def stop(_: nn.Module, __: Any, output: Any) -> None:
+        raise _Reached(isinstance(output, tuple))
+
+    with hooks(blocks[0].register_forward_hook(stop)):
+        try:
+            model(input_ids=ids, use_cache=False)
+        except _Reached as reached:
+            return reached.value
+    raise SourceError(f"{type(model).__name__}: its forward does not run its decoder blocks.")
 
 
 def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
@@ -168,14 +179,6 @@ def shared_input_groups(block: nn.Module, hidden: Tensor, call: Call) -> list[li
     with hooks(*handles):
         run_block(block, hidden, call)
     return [names for names in groups.values() if names]
-
-
-class _Reached(Exception):
-    """Ends a block's forward where its input is wanted."""
-
-    def __init__(self, value: Any):
-        super().__init__()
-        self.value = value
 
 
 @torch.no_grad()
