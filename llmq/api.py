@@ -54,7 +54,7 @@ METHODS = {
     "awq+gptq": (AWQ(), GPTQ()),
 }
 _RTN_SAMPLES = 8  # rounding needs no text; these only measure the error that it made
-_BATCH_TOKENS = 4096
+_BATCH_TOKENS = 2048
 
 
 def quantize(
@@ -64,7 +64,7 @@ def quantize(
     method: str = "gptq",
     bits: int = 4,
     group_size: int = 128,
-    symmetric: bool = False,
+    symmetric: bool = True,
     calibration: Source | None = None,
     samples: int = 128,
     seq_len: int | None = None,

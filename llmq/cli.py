@@ -78,8 +78,12 @@ def quantize(
         int, typer.Option(help="Weights that share a scale: 32, 64, 128; -1 = a whole row.")
     ] = 128,
     symmetric: Annotated[
-        bool, typer.Option("--symmetric/--asymmetric", help="Without or with zero points.")
-    ] = False,
+        bool,
+        typer.Option(
+            "--symmetric/--asymmetric",
+            help="Without zero points (every engine loads it) or with (loses less).",
+        ),
+    ] = True,
     calibration: Annotated[
         str | None, typer.Option(help=f"Text to calibrate on: {cli_help.TEXT}")
     ] = None,

@@ -28,6 +28,7 @@ from llmq.blocks import (
     decoder_blocks,
     head_inputs,
     inputs_of,
+    keep_outputs,
     linears,
     record_calls,
     run_block,
@@ -149,7 +150,9 @@ def quantize(
         if recipe.awq:
             recipe.awq.smooth(view, work, names, hidden, calls, probe)
         solved: dict[str, list[QuantizedWeight]] = {}
+        done: set[str] = set()
         for group in shared_input_groups(work, *probe):
+            done.update(group)
             chosen = {n: names[n] for n in group if n in names}
             if not chosen:
                 continue
@@ -158,6 +161,7 @@ def quantize(
             for name, report, results in _solve_group(view, work, chosen, moments, recipe.solver):
                 solved[name] = results
                 yield from (_named(r, f"{prefix}.{i}") for r in report)
+            keep_outputs(work, done, len(calls))
         for b, call in enumerate(calls):
             hidden[b] = run_block(work, hidden[b], call)
         _pack(block, solved)

@@ -54,7 +54,7 @@ def test_quantize_eval_inspect_generate(run, model: Path, text: Path, tmp_path: 
 
     status, stdout, _ = run("inspect", out, "--json")
     layers = {layer["name"]: layer for layer in json.loads(stdout.splitlines()[-1])["layers"]}
-    assert layers["model.layers.0.mlp.up_proj"]["scheme"] == "int4 g64 asymmetric"
+    assert layers["model.layers.0.mlp.up_proj"]["scheme"] == "int4 g64 symmetric"
     assert layers["model.layers.0.mlp.up_proj"]["error"] > 0
     assert "model.layers.0.mlp.down_proj" not in layers  # skipped
     assert run("inspect", out)[0] == run("inspect", model)[0] == 0

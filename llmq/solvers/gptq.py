@@ -89,14 +89,17 @@ def inverse_factor(H: Tensor, damp: float) -> Tensor:
         ValueError: not positive definite even with damping tripled eight times
             (with damp=0.01 that is 65 times the mean: H is not a second moment).
     """
-    H = H.double()
-    mean = H.diagonal().mean()
-    eye = torch.eye(len(H), dtype=H.dtype, device=H.device)
+    reversed_ = H.flip(0, 1).double()
+    mean = reversed_.diagonal().mean()
+    added = 0.0
     for _ in range(9):
-        L, failed = torch.linalg.cholesky_ex((H + eye * (damp * mean)).flip(0, 1))
+        reversed_.diagonal().add_((damp - added) * mean)
+        L, failed = torch.linalg.cholesky_ex(reversed_)
         if not bool(failed):
-            return torch.linalg.solve_triangular(L.flip(0, 1), eye, upper=True).float()
-        damp *= 3
+            R = L.flip(0, 1)
+            eye = torch.eye(len(R), dtype=R.dtype, device=R.device)
+            return torch.linalg.solve_triangular(R, eye, upper=True).float()
+        added, damp = damp, damp * 3
     raise ValueError(
         f"second moment ({len(H)} columns) is not positive definite, even with {damp:g} of its "
         "mean diagonal added."
