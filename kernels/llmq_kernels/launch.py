@@ -1,0 +1,101 @@
+"""Host side of the Triton kernels: allocate, count programs, launch. Imported on first use only."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .gemm import linear_kernel
+from .layout import PackedWeight
+from .plan import TILE, Plan, step_blocks, unit
+
+
+class Routing(NamedTuple):
+    """Which rows of x meet which expert, in blocks of one expert each (see `route`)."""
+
+    pairs: Tensor  # int32 (blocks * block_m,), pair = token * top_k + choice; >= number of pairs: none
+    experts: Tensor  # int32 (blocks,), -1: nothing to do
+    count: int  # number of pairs
+    top_k: int  # pairs per row of x
+
+
+def linear(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    plan: Plan,
+    *,
+    pdl: bool = False,
+    routing: Routing | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Launch the fused kernel.
+
+    Args:
+        x: (M, K), bf16 or fp16, rows contiguous.
+        weight: (N, K), or stacked experts with a `routing`.
+        bias: (N,) or None.
+        plan: the launch, from `plan.choose`.
+        pdl: start while the previous kernel of the stream ends (programmatic dependent launch).
+        routing: rows per expert; the result then has one row per pair.
+        out_dtype: of the result (default: x's).
+
+    Returns:
+        (M, N), or (pairs, N).
+    """
+    N, K = weight.shape
+    M = x.shape[0] if routing is None else routing.count
+    m_blocks = -(-M // plan.block_m) if routing is None else routing.experts.numel()
+    blocks = weight.qweight.shape[-2]
+    per_step = step_blocks(weight.bits, weight.group_size, K)
+    steps = blocks // per_step
+    unroll = plan.unroll if steps % plan.unroll == 0 else 1
+    tiles = plan.tiles if weight.qweight.shape[-3] % plan.tiles == 0 else 1
+    n_blocks = weight.qweight.shape[-3] // tiles
+    split = plan.split if n_blocks * m_blocks <= weight.counters.numel() else 1
+    y = x.new_empty(M, N, dtype=out_dtype)
+    partial = y
+    if split > 1:
+        partial = x.new_empty(
+            n_blocks * m_blocks * split * tiles * TILE * plan.block_m, dtype=torch.float32
+        )
+    options = {"enable_fp_fusion": True} | ({} if plan.maxnreg is None else {"maxnreg": plan.maxnreg})
+    if pdl:
+        options["launch_pdl"] = True
+    linear_kernel[(n_blocks, split, m_blocks)](
+        x,
+        weight.qweight,
+        weight.scale,
+        weight.scale if weight.zero is None else weight.zero,
+        x if bias is None else bias,
+        y,
+        partial,
+        weight.counters,
+        weight.counters if routing is None else routing.pairs,
+        weight.counters if routing is None else routing.experts,
+        M,
+        N,
+        K,
+        blocks,
+        weight.scale.shape[-2],
+        steps // unroll,
+        x.stride(0),
+        BITS=weight.bits,
+        GROUP=max(0, weight.group_size),
+        SYMMETRIC=weight.zero is None,
+        BIAS=bias is not None,
+        TILES=tiles,
+        BLOCK_M=plan.block_m,
+        BLOCKS=per_step,
+        UNROLL=unroll,
+        SPLIT=split > 1,
+        EVEN_K=blocks * unit(weight.bits) == K,
+        PDL=pdl,
+        TOP_K=0 if routing is None else routing.top_k,
+        num_warps=plan.warps,
+        num_stages=plan.stages,
+        **options,
+    )
+    return y
