@@ -14,28 +14,31 @@ from .unpack import INTERPRETED, centred, halves, load_words
 
 
 @triton.jit
-def _rows(ptr, tile_stride, TILES: tl.constexpr):
-    """One number per row: (TILES * 64,).
+def _rows(ptrs, tile_stride, TILES: tl.constexpr):
+    """One number per row: (TILES * 64,), from pointers to the first tile's (64,).
 
     Loads of fewer elements than threads are cheap enough for the compiler to issue them in the
     layout that the accumulator wants; a wider one would travel through shared memory.
     """
-    local = tl.arange(0, 64)
-    values = tl.load(ptr + local)
+    values = tl.load(ptrs)
     if TILES == 2:
-        values = tl.join(values, tl.load(ptr + tile_stride + local)).permute((1, 0)).reshape((128,))
+        values = tl.join(values, tl.load(ptrs + tile_stride)).permute((1, 0)).reshape((128,))
     return values
 
 
 @triton.jit
-def _grid(s_ptr, z_ptr, group, groups, SYMMETRIC: tl.constexpr, TILES: tl.constexpr):
-    """Scale (as stored) and zero point of one group for the program's rows."""
-    at = tl.minimum(group, groups - 1) * 64
-    s = _rows(s_ptr + at, groups * 64, TILES)
+def _grid(s_ptrs, z_ptrs, g, groups, I: tl.constexpr, PER_TRIP: tl.constexpr,
+          EVEN_K: tl.constexpr, SYMMETRIC: tl.constexpr, TILES: tl.constexpr):  # fmt: skip
+    """Scale (as stored) and zero point of group g + I; the pointers are at group g."""
+    if EVEN_K and I < PER_TRIP:
+        at = I * 64
+    else:  # the next trip's first group, or padding: stay inside
+        at = (tl.minimum(g + I, groups - 1) - g) * 64
+    s = _rows(s_ptrs + at, groups * 64, TILES)
     if SYMMETRIC:
         return s, s
     else:
-        return s, _rows(z_ptr + at, groups * 64, TILES)
+        return s, _rows(z_ptrs + at, groups * 64, TILES)
 
 
 @triton.jit
@@ -73,23 +76,24 @@ def _scaled(words, high, s, z, DTYPE: tl.constexpr, BITS: tl.constexpr, SYMMETRI
 
 
 @triton.jit
-def _small_groups(words, high, s, z, g, groups, s_ptr, z_ptr, DTYPE: tl.constexpr,
-                  BITS: tl.constexpr, SYMMETRIC: tl.constexpr, TILES: tl.constexpr):  # fmt: skip
+def _small_groups(words, high, s, z, g, groups, s_ptrs, z_ptrs, DTYPE: tl.constexpr, I: tl.constexpr,
+                  PER_TRIP: tl.constexpr, EVEN_K: tl.constexpr, BITS: tl.constexpr, SYMMETRIC: tl.constexpr,
+                  TILES: tl.constexpr):  # fmt: skip
     """One block in groups of 32, dequantized: scaling the accumulator 4 times would cost more.
 
     Returns the operand (BN, columns) and the next block's first scale and zero point.
     """
     w0, w1 = halves(words, TILES, 4)
     h0, h1 = halves(high, TILES, 4)
-    s1, z1 = _grid(s_ptr, z_ptr, g + 1, groups, SYMMETRIC, TILES)
-    s2, z2 = _grid(s_ptr, z_ptr, g + 2, groups, SYMMETRIC, TILES)
+    s1, z1 = _grid(s_ptrs, z_ptrs, g, groups, I + 1, PER_TRIP, EVEN_K, SYMMETRIC, TILES)
+    s2, z2 = _grid(s_ptrs, z_ptrs, g, groups, I + 2, PER_TRIP, EVEN_K, SYMMETRIC, TILES)
     if BITS >= 4:
         v0 = _scaled(w0, h0, s, z, DTYPE, BITS, SYMMETRIC, TILES, 2)
         v1 = _scaled(w1, h1, s1, z1, DTYPE, BITS, SYMMETRIC, TILES, 2)
         return _beside(v0, v1), s2, z2
     else:
-        s3, z3 = _grid(s_ptr, z_ptr, g + 3, groups, SYMMETRIC, TILES)
-        s4, z4 = _grid(s_ptr, z_ptr, g + 4, groups, SYMMETRIC, TILES)
+        s3, z3 = _grid(s_ptrs, z_ptrs, g, groups, I + 3, PER_TRIP, EVEN_K, SYMMETRIC, TILES)
+        s4, z4 = _grid(s_ptrs, z_ptrs, g, groups, I + 4, PER_TRIP, EVEN_K, SYMMETRIC, TILES)
         w00, w01 = halves(w0, TILES, 2)
         h00, h01 = halves(h0, TILES, 2)
         w10, w11 = halves(w1, TILES, 2)
@@ -151,11 +155,13 @@ def linear_kernel(
             dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
         gdc_wait()
-    s_ptr += tile * (groups * 64)
-    z_ptr += tile * (groups * 64)
+    PER_STEP: tl.constexpr = STEP // GROUP if GROUP > 0 else 0
+    PER_TRIP: tl.constexpr = PER_STEP * UNROLL
+    g = begin * PER_TRIP
+    s_ptrs = s_ptr + tile * (groups * 64) + g * 64 + tl.arange(0, 64)
+    z_ptrs = z_ptr + tile * (groups * 64) + g * 64 + tl.arange(0, 64)
     x_ptr += rows[None, :].to(tl.int64) * stride_x
-    g = begin * (UNROLL * STEP // GROUP if GROUP > 0 else 0)
-    s, z = _grid(s_ptr, z_ptr, g, groups, SYMMETRIC, TILES)
+    s, z = _grid(s_ptrs, z_ptrs, g, groups, 0, 0, EVEN_K, SYMMETRIC, TILES)
     acc = tl.zeros((BN, BLOCK_M), tl.float32)
     for trip in range(begin, end):
         for u in tl.static_range(UNROLL):
@@ -163,29 +169,31 @@ def linear_kernel(
             words, high = load_words(block_ptr + u * BLOCKS * WORDS, BITS, TILES, BLOCKS, blocks * WORDS)
             if GROUP == 32:
                 x = _activations(x_ptr, live, column, K, EVEN_K, STEP)
-                v, s, z = _small_groups(words, high, s, z, g, groups, s_ptr, z_ptr, x_ptr.dtype.element_ty,
-                                        BITS, SYMMETRIC, TILES)  # fmt: skip
+                v, s, z = _small_groups(words, high, s, z, g, groups, s_ptrs, z_ptrs, x_ptr.dtype.element_ty,
+                                        u * PER_STEP, PER_TRIP, EVEN_K, BITS, SYMMETRIC, TILES)  # fmt: skip
                 acc = tl.dot(v, x, acc)
-                g += STEP // 32
             elif GROUP > 0 and GROUP < UNIT:
                 w0, w1 = halves(words, TILES, 4)
                 h0, h1 = halves(high, TILES, 4)
-                s1, z1 = _grid(s_ptr, z_ptr, g + 1, groups, SYMMETRIC, TILES)
-                s2, z2 = _grid(s_ptr, z_ptr, g + 2, groups, SYMMETRIC, TILES)
+                s1, z1 = _grid(s_ptrs, z_ptrs, g, groups, u * PER_STEP + 1, PER_TRIP, EVEN_K, SYMMETRIC, TILES)
+                s2, z2 = _grid(s_ptrs, z_ptrs, g, groups, u * PER_STEP + 2, PER_TRIP, EVEN_K, SYMMETRIC, TILES)
                 acc = _group(acc, w0, h0, s, z, x_ptr, live, column, K,
                              BITS, SYMMETRIC, True, EVEN_K, TILES, 1, 2)  # fmt: skip
                 acc = _group(acc, w1, h1, s1, z1, x_ptr, live, column + GROUP, K,
                              BITS, SYMMETRIC, True, EVEN_K, TILES, 1, 2)  # fmt: skip
-                s, z, g = s2, z2, g + 2
+                s, z = s2, z2
             elif GROUP > 0:
-                s1, z1 = _grid(s_ptr, z_ptr, g + 1, groups, SYMMETRIC, TILES)
+                s1, z1 = _grid(s_ptrs, z_ptrs, g, groups, u * PER_STEP + 1, PER_TRIP, EVEN_K, SYMMETRIC, TILES)
                 acc = _group(acc, words, high, s, z, x_ptr, live, column, K,
                              BITS, SYMMETRIC, True, EVEN_K, TILES, BLOCKS, 4)  # fmt: skip
-                s, z, g = s1, z1, g + 1
+                s, z = s1, z1
             else:
                 acc = _group(acc, words, high, s, z, x_ptr, live, column, K,
                              BITS, SYMMETRIC, False, EVEN_K, TILES, BLOCKS, 4)  # fmt: skip
         block_ptr += UNROLL * BLOCKS * WORDS
+        s_ptrs += PER_TRIP * 64
+        z_ptrs += PER_TRIP * 64
+        g += PER_TRIP
     if PDL:
         gdc_launch_dependents()
     if GROUP == 0:

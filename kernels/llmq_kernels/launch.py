@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .dequant import dequantize_kernel
 from .gemm import linear_kernel
 from .layout import PackedWeight
 from .plan import TILE, Plan, step_blocks, unit
@@ -97,5 +98,36 @@ def linear(
         num_warps=plan.warps,
         num_stages=plan.stages,
         **options,
+    )
+    return y
+
+
+def dequantize(weight: PackedWeight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """Launch the dequantizing kernel: the matrix (N, K) in bf16, fp16 or float32.
+
+    Args:
+        weight: one matrix.
+        dtype: of the result.
+        out: (N, K) of that dtype, contiguous, to write to.
+    """
+    N, K = weight.shape
+    y = weight.scale.new_empty(N, K, dtype=dtype) if out is None else out
+    blocks = weight.qweight.shape[-2]
+    per_step = step_blocks(weight.bits, weight.group_size, K)
+    dequantize_kernel[(weight.qweight.shape[-3], blocks // per_step)](
+        weight.qweight,
+        weight.scale,
+        weight.scale if weight.zero is None else weight.zero,
+        y,
+        N,
+        K,
+        blocks,
+        weight.scale.shape[-2],
+        BITS=weight.bits,
+        GROUP=max(0, weight.group_size),
+        SYMMETRIC=weight.zero is None,
+        BLOCKS=per_step,
+        num_warps=4,
+        enable_fp_fusion=True,
     )
     return y
