@@ -131,3 +131,46 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype, out: Tensor | None = No
         enable_fp_fusion=True,
     )
     return y
+
+
+def linear_experts(x: Tensor, weight: PackedWeight, chosen: Tensor, plan: Plan, **options) -> Tensor:
+    """Launch the grouped kernel: (T * top_k, N). `x` is (T, K) or (T * top_k, K)."""
+    routing = route(chosen, weight.qweight.shape[0], plan.block_m, chosen.numel() // x.shape[0])
+    return linear(x, weight, None, plan, routing=routing, **options)
+
+
+def route(chosen: Tensor, experts: int, block_m: int, top_k: int) -> Routing:
+    """Group the pairs (token, choice) by expert into blocks of at most `block_m`.
+
+    Tensor operations only: the number of blocks is a bound known on the host, so nothing waits
+    for the device and the whole can be captured in a CUDA graph.
+
+    Args:
+        chosen: integer (T, choices), the experts of each token.
+        experts: how many there are.
+        block_m: pairs per block.
+        top_k: pairs per row of x.
+    """
+    flat = chosen.flatten()
+    count = flat.numel()
+    blocks = min(count, experts + count // block_m)
+    order = flat.argsort(stable=True)  # pairs, sorted by expert
+    load = torch.zeros(experts, dtype=torch.int64, device=flat.device)
+    load.scatter_add_(0, flat.long(), torch.ones_like(flat, dtype=torch.int64))
+    needed = (load + block_m - 1) // block_m  # blocks per expert
+    last = needed.cumsum(0)
+    index = torch.arange(blocks, device=flat.device)
+    owner = torch.searchsorted(last, index, right=True)  # == experts: beyond the last block
+    owned = owner < experts
+    safe = owner.clamp(max=experts - 1)
+    within = index - (last - needed)[safe]  # which of its expert's blocks
+    at = within.unsqueeze(1) * block_m + torch.arange(block_m, device=flat.device)
+    valid = owned.unsqueeze(1) & (at < load[safe].unsqueeze(1))
+    source = ((load.cumsum(0) - load)[safe].unsqueeze(1) + at).clamp(max=count - 1)
+    pairs = torch.where(valid, order[source], count)
+    return Routing(
+        pairs.to(torch.int32).flatten(),
+        torch.where(owned, owner, -1).to(torch.int32),
+        count,
+        top_k,
+    )

@@ -64,7 +64,7 @@ def choose(gpu: Gpu, bits: int, group_size: int, N: int, K: int, M: int) -> Plan
     tuned = _table(gpu.name).get(f"{bits}/{group_size}/{N}/{K}/{bucket}")
     if tuned is not None:
         return None if tuned == "dense" else Plan(**tuned)
-    return closed_form(gpu.processors, bits, group_size, N, K, M)
+    return closed_form(gpu, bits, group_size, N, K, M)
 
 
 def fits(K: int) -> bool:
@@ -72,7 +72,7 @@ def fits(K: int) -> bool:
     return K % 8 == 0
 
 
-def closed_form(processors: int, bits: int, group_size: int, N: int, K: int, M: int) -> Plan:
+def closed_form(gpu: Gpu, bits: int, group_size: int, N: int, K: int, M: int) -> Plan:
     """A launch that fills the GPU about five programs deep.
 
     Up to 64 rows of x, steps and split depend on the weight alone, so that a row's result does
@@ -80,24 +80,33 @@ def closed_form(processors: int, bits: int, group_size: int, N: int, K: int, M: 
     """
     tiles = -(-N // TILE)
     block_m = next(b for b in (16, 32, 64, 128) if b >= M or b == 128)
-    wide = 2 if block_m == 128 and tiles % 2 == 0 else 1
-    steps = -(-K // (unit(bits) * step_blocks(bits, group_size, K)))
-    unroll = 2 if steps % 2 == 0 else 1
     m_blocks = -(-M // block_m)
-    split = max(1, round(processors * 5 / tiles))
-    if M > 64:
-        split = max(1, processors // (tiles * m_blocks))
+    # Two row tiles share the work on x and on addresses: worth it where groups are small or
+    # there are rows enough for every processor.
+    many = group_size in (32, 64) or tiles >= 3 * gpu.processors
+    wide = 2 if tiles % 2 == 0 and (many or block_m == 128) else 1
+    columns = unit(bits) * step_blocks(bits, group_size, K)
+    steps = -(-K // columns)
+    unroll = next(u for u in (256 // columns, 2, 1) if u >= 1 and steps % u == 0)
+    if block_m == 128:  # registers
+        unroll = 1
+    stages = 4
+    if 2 * unroll * columns * (64 * wide * bits // 8 + 2 * block_m) > shared_bytes(gpu.capability):
+        unroll = 1
+    trip = unroll * columns * (64 * wide * bits // 8 + 2 * block_m)  # bytes in flight per stage
+    while stages > 2 and stages * trip > shared_bytes(gpu.capability) // 2:
+        stages -= 1
+    depth = 5 if M <= 64 else 1
+    split = max(1, round(gpu.processors * depth * wide / (tiles * (1 if M <= 64 else m_blocks))))
     split = min(split, 16, max(1, steps // (2 * unroll)))
-    if m_blocks * wide > COUNTERS_PER_TILE * wide:
-        split = 1
-    return Plan(
-        tiles=wide,
-        block_m=block_m,
-        unroll=unroll,
-        split=split,
-        warps=8 if wide == 2 else 4,
-        stages=4 if block_m <= 32 else 3,
-    )
+    warps = 8 if wide == 2 and block_m >= 64 else 4
+    return Plan(wide, block_m, unroll, split, warps, stages)
+
+
+def shared_bytes(capability: tuple[int, int]) -> int:
+    """Shared memory that one program may use."""
+    kib = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
+    return kib.get(capability, 99) * 1024
 
 
 @functools.cache
