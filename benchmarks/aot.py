@@ -89,6 +89,8 @@ def small(arch: int) -> list[Config]:
     for bits, group, symmetric, dtype in itertools.product(
         (4, 8, 3, 2), (128, 64, 32, -1), (True, False), ("bf16", "fp16")
     ):
+        if arch != 90 and (dtype == "fp16" or (bits != 4 and group != 128)):
+            continue  # the same code but for the matrix instruction
         plan = closed_form(gpu, bits, group, 8192, 8192, 16)
         found.append(
             Config(bits, group, symmetric, dtype, plan.tiles, plan.block_m, plan.unroll,

@@ -80,27 +80,26 @@ def closed_form(gpu: Gpu, bits: int, group_size: int, N: int, K: int, M: int) ->
     """
     tiles = -(-N // TILE)
     block_m = next(b for b in (16, 32, 64, 128) if b >= M or b == 128)
-    m_blocks = -(-M // block_m)
     # Two row tiles share the work on x and on addresses: worth it where groups are small or
     # there are rows enough for every processor.
-    many = group_size in (32, 64) or tiles >= 3 * gpu.processors
-    wide = 2 if tiles % 2 == 0 and (many or block_m == 128) else 1
+    pairs = tiles % 2 == 0
+    many = pairs and (group_size in (32, 64) or tiles >= 3 * gpu.processors)
+    hopper = gpu.capability >= (9, 0)  # accumulators of older tensor cores need more registers
+    wide = 2 if (many and block_m == 16) or (pairs and hopper and block_m >= 64) else 1
     columns = unit(bits) * step_blocks(bits, group_size, K)
     steps = -(-K // columns)
     unroll = next(u for u in (256 // columns, 2, 1) if u >= 1 and steps % u == 0)
-    if block_m == 128:  # registers
+    step_bytes = columns * (64 * wide * bits // 8 + 2 * block_m)
+    shared = shared_bytes(gpu.capability)
+    if block_m == 128 or (block_m == 64 and not hopper) or 2 * unroll * step_bytes > shared:
         unroll = 1
-    stages = 4
-    if 2 * unroll * columns * (64 * wide * bits // 8 + 2 * block_m) > shared_bytes(gpu.capability):
-        unroll = 1
-    trip = unroll * columns * (64 * wide * bits // 8 + 2 * block_m)  # bytes in flight per stage
-    while stages > 2 and stages * trip > shared_bytes(gpu.capability) // 2:
-        stages -= 1
-    depth = 5 if M <= 64 else 1
-    split = max(1, round(gpu.processors * depth * wide / (tiles * (1 if M <= 64 else m_blocks))))
-    split = min(split, 16, max(1, steps // (2 * unroll)))
-    warps = 8 if wide == 2 and block_m >= 64 else 4
-    return Plan(wide, block_m, unroll, split, warps, stages)
+    stages = next((s for s in (4, 3) if s * unroll * step_bytes <= shared // 2), 2)
+    if M <= 64:
+        split = round(gpu.processors * (10 if many else 5) / tiles)
+    else:
+        split = gpu.processors * wide // (tiles * -(-M // block_m))
+    split = max(1, min(split, 16, K // 512))
+    return Plan(wide, block_m, unroll, split, 8 if block_m >= 64 else 4, stages)
 
 
 def shared_bytes(capability: tuple[int, int]) -> int:
