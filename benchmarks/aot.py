@@ -71,6 +71,7 @@ class Config(NamedTuple):
     stages: int = 4
     pdl: bool = False
     top_k: int = 0
+    maxnreg: int | None = None
 
     def name(self) -> str:
         """A short name, also the key in the report."""
@@ -94,7 +95,7 @@ def small(arch: int) -> list[Config]:
         plan = closed_form(gpu, bits, group, 8192, 8192, 16)
         found.append(
             Config(bits, group, symmetric, dtype, plan.tiles, plan.block_m, plan.unroll,
-                   plan.warps, plan.stages)
+                   plan.warps, plan.stages, maxnreg=plan.maxnreg)
         )  # fmt: skip
     return found
 
@@ -107,7 +108,7 @@ def variants(arch: int) -> list[Config]:
         plan = closed_form(gpu, 4, 128, N, 8192, M)
         found.append(
             Config(4, 128, True, "bf16", plan.tiles, plan.block_m, plan.unroll, plan.warps,
-                   plan.stages)
+                   plan.stages, maxnreg=plan.maxnreg)
         )  # fmt: skip
     return list(dict.fromkeys(found))
 
@@ -130,6 +131,8 @@ def facts(config: Config, arch: int) -> dict:
     }
     if config.pdl:
         options["launch_pdl"] = True
+    if config.maxnreg:
+        options["maxnreg"] = config.maxnreg
     return _compile(linear_kernel, config.dtype, constants, arch, options, weights)
 
 
@@ -244,7 +247,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 89, 90, 100])
     parser.add_argument("--only", default="", help="substring of a configuration's name")
-    parser.add_argument("--out", type=Path, help="JSON report; keeps other triton versions' rows")
+    parser.add_argument("--out", type=Path, help="JSON report; other rows in it are kept")
     arguments = parser.parse_args()
     rows, bad = {}, 0
     print(f"triton {triton.__version__}; i/w = instructions per weight and thread in the main loop")
@@ -260,7 +263,8 @@ def main() -> int:
             print(line(config.name(), row, wrong), flush=True)
     if arguments.out:
         report = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
-        report[f"triton {triton.__version__}"] = dict(sorted(rows.items()))
+        version = f"triton {triton.__version__}"
+        report[version] = report.get(version, {}) | rows
         arguments.out.write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
     return int(bad > 0)
 

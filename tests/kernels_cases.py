@@ -1,6 +1,6 @@
 """Every case of the fused and the dequantizing kernel, run by Triton's interpreter.
 
-    TRITON_INTERPRET=1 python tests/kernels_cases.py default|full [name ...]
+    TRITON_INTERPRET=1 python tests/kernels_cases.py default|full|experts [name ...]
 
 The interpreter is chosen when triton is imported, hence a process of its own (see
 test_kernels_interpreter.py). One JSON object per case on standard output. Triton's interpreter
@@ -72,6 +72,15 @@ def shapes() -> list[Case]:
     ]
 
 
+def chosen() -> list[Case]:
+    """The default suite's share: each (bits, group) once, with the rest alternating; all shapes."""
+    kept = {}
+    for i, case in enumerate(formats()):
+        if i % 4 == (i // 4 + i // 16) % 4:
+            kept[case.bits, case.group] = case
+    return [*kept.values(), *shapes()]
+
+
 def full() -> list[Case]:
     """The whole matrix: formats x shapes that pad and split differently."""
     found = []
@@ -127,6 +136,43 @@ def run(case: Case) -> dict:
     }
 
 
+def run_experts(name: str) -> dict:
+    """The grouped kernel: tokens sent to stacked experts, one of which gets none."""
+    import torch
+    from llmq_kernels import launch, layout, reference
+    from llmq_kernels.plan import Plan
+
+    torch.manual_seed(0)
+    split = 2 if name == "experts-split" else 1
+    experts, tokens, top_k, N, K = 4, 9, 2, 70, 192
+    packed = []
+    for _ in range(experts):
+        codes = torch.randint(0, 16, (N, K), dtype=torch.uint8)
+        zero = torch.randint(0, 16, (N, K // 64), dtype=torch.uint8)
+        scale = torch.rand(N, K // 64).bfloat16() * 0.02 + 0.01
+        packed.append(layout.pack(codes, scale, zero, bits=4, group_size=64))
+    weight = layout.stack(packed)
+    chosen = torch.randint(0, experts - 1, (tokens, top_k))
+    rows = tokens if split == 1 else tokens * top_k  # shared inputs, or one for each pair
+    x = torch.randn(rows, K).bfloat16()
+    exact = reference.linear_experts(x.double(), weight, chosen)
+    plan = Plan(1, 16, 1, split)
+    first, again = (
+        poisoned(lambda: launch.linear_experts(x, weight, chosen, plan, out_dtype=torch.float32))
+        for _ in range(2)
+    )
+    stored = poisoned(lambda: launch.linear_experts(x, weight, chosen, plan))
+    return {
+        "name": name,
+        "error": distance(first.to(x.dtype), exact),
+        "error_float32": distance(first, exact),
+        "error_stored": distance(stored, exact),
+        "dense": distance(reference.linear_experts(x, weight, chosen), exact),
+        "repeatable": torch.equal(first, again),
+        "counters_zero": not weight.counters.any().item(),
+    }
+
+
 def distance(a, exact) -> float:
     """Relative Frobenius error; NaN if `a` has one."""
     return ((a.double() - exact).norm() / exact.norm()).item()
@@ -153,6 +199,10 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
+    if sys.argv[1] == "experts":
+        for name in sys.argv[2:] or ("experts", "experts-split"):
+            print(json.dumps(run_experts(name)), flush=True)  # noqa: T201
+        return
     cases = full() if sys.argv[1] == "full" else [*formats(), *shapes()]
     for case in cases:
         if len(sys.argv) == 2 or case.name() in sys.argv[2:]:

@@ -84,7 +84,8 @@ def closed_form(gpu: Gpu, bits: int, group_size: int, N: int, K: int, M: int) ->
     # there are rows enough for every processor.
     pairs = tiles % 2 == 0
     many = pairs and (group_size in (32, 64) or tiles >= 3 * gpu.processors)
-    hopper = gpu.capability >= (9, 0)  # accumulators of older tensor cores need more registers
+    # Accumulators of mma.sync (everything but sm_90 and sm_100) need more registers.
+    hopper = (9, 0) <= gpu.capability < (12, 0)
     wide = 2 if (many and block_m == 16) or (pairs and hopper and block_m >= 64) else 1
     columns = unit(bits) * step_blocks(bits, group_size, K)
     steps = -(-K // columns)
@@ -99,7 +100,9 @@ def closed_form(gpu: Gpu, bits: int, group_size: int, N: int, K: int, M: int) ->
     else:
         split = gpu.processors * wide // (tiles * -(-M // block_m))
     split = max(1, min(split, 16, K // 512))
-    return Plan(wide, block_m, unroll, split, 8 if block_m >= 64 else 4, stages)
+    # Left alone, some assemblers stop at 64 registers on sm_100 and spill.
+    maxnreg = 128 if hopper and gpu.capability > (9, 0) and block_m == 16 else None
+    return Plan(wide, block_m, unroll, split, 8 if block_m >= 64 else 4, stages, maxnreg)
 
 
 def shared_bytes(capability: tuple[int, int]) -> int:
