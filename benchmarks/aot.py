@@ -24,11 +24,11 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
 import triton
-from llmq_kernels.dequant import dequantize_kernel
-from llmq_kernels.gemm import linear_kernel
-from llmq_kernels.plan import Gpu, closed_form, shared_bytes, step_blocks, unit
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from llmq_kernels.gemm import linear_kernel
+from llmq_kernels.plan import Gpu, closed_form, shared_bytes, step_blocks, unit
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 CLASSES = {

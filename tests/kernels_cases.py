@@ -100,6 +100,7 @@ def full() -> list[Case]:
 def run(case: Case) -> dict:
     """Errors of one case against float64, relative to the Frobenius norm of the result."""
     import torch
+
     from llmq_kernels import launch, layout, reference
     from llmq_kernels.plan import Plan
 
@@ -139,6 +140,7 @@ def run(case: Case) -> dict:
 def run_experts(name: str) -> dict:
     """The grouped kernel: tokens sent to stacked experts, one of which gets none."""
     import torch
+
     from llmq_kernels import launch, layout, reference
     from llmq_kernels.plan import Plan
 

@@ -8,8 +8,9 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from llmq_kernels import layout, ops, plan, reference
 from torch import Tensor
+
+from llmq_kernels import layout, ops, plan, reference
 
 H200 = plan.Gpu("NVIDIA H200 (a name without a table)", (9, 0), 132)
 

@@ -7,20 +7,23 @@ from .unpack import centred, halves, load_words
 
 
 @triton.jit
-def _write(words, high, s_ptr, z_ptr, y_ptr, on, group, column, N, K,
+def _write(words, high, at, group, last, column, N, K,
            BITS: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCKS: tl.constexpr,
            W: tl.constexpr):  # fmt: skip
-    """Store the columns of `words`, which share one group."""
-    EXACT: tl.constexpr = tl.float16 if y_ptr.dtype.element_ty == tl.float32 else y_ptr.dtype.element_ty
+    """Store the columns of `words`, which share one group; groups after `last` are padding."""
+    s_ptr, z_ptr, y_ptr, on = at
+    DTYPE: tl.constexpr = y_ptr.dtype.element_ty
+    EXACT: tl.constexpr = tl.float16 if DTYPE == tl.float32 else DTYPE
     COLUMNS: tl.constexpr = BLOCKS * W * (16 if (BITS == 4 or BITS == 8) else 32)
     local = tl.arange(0, 64)
+    group = tl.minimum(group, last)
     s = tl.load(s_ptr + group * 64 + local).to(tl.float32)
     z = s if SYMMETRIC else tl.load(z_ptr + group * 64 + local)
     v = centred(words, high, z, BITS, SYMMETRIC, EXACT, 1, BLOCKS, W).to(tl.float32)
     k = column + tl.arange(0, COLUMNS)
     mask = (on < N)[:, None] & (k < K)[None, :]
-    at = y_ptr + on[:, None].to(tl.int64) * K + k[None, :]
-    tl.store(at, (v * s[:, None]).to(y_ptr.dtype.element_ty), mask=mask)
+    out = y_ptr + on[:, None].to(tl.int64) * K + k[None, :]
+    tl.store(out, (v * s[:, None]).to(DTYPE), mask=mask)
 
 
 @triton.jit
@@ -42,24 +45,21 @@ def dequantize_kernel(
     z_ptr += tile * (groups * 64)
     block_ptr = qw_ptr + tile * (blocks * WORDS) + step * (BLOCKS * WORDS)
     words, high = load_words(block_ptr, BITS, 1, BLOCKS, 0)
+    at = (s_ptr, z_ptr, y_ptr, on)
     if PARTS == 1:
-        _write(words, high, s_ptr, z_ptr, y_ptr, on, group, column, N, K, BITS, SYMMETRIC, BLOCKS, 4)
+        _write(words, high, at, group, last, column, N, K, BITS, SYMMETRIC, BLOCKS, 4)
     else:
         w0, w1 = halves(words, 1, 4)
         h0, h1 = halves(high, 1, 4)
         if PARTS == 2:
-            _write(w0, h0, s_ptr, z_ptr, y_ptr, on, group, column, N, K, BITS, SYMMETRIC, 1, 2)
-            _write(w1, h1, s_ptr, z_ptr, y_ptr, on, tl.minimum(group + 1, last), column + GROUP, N, K,
-                   BITS, SYMMETRIC, 1, 2)  # fmt: skip
+            _write(w0, h0, at, group, last, column, N, K, BITS, SYMMETRIC, 1, 2)
+            _write(w1, h1, at, group + 1, last, column + GROUP, N, K, BITS, SYMMETRIC, 1, 2)
         else:
             w00, w01 = halves(w0, 1, 2)
             h00, h01 = halves(h0, 1, 2)
             w10, w11 = halves(w1, 1, 2)
             h10, h11 = halves(h1, 1, 2)
-            _write(w00, h00, s_ptr, z_ptr, y_ptr, on, group, column, N, K, BITS, SYMMETRIC, 1, 1)
-            _write(w01, h01, s_ptr, z_ptr, y_ptr, on, tl.minimum(group + 1, last), column + 32, N, K,
-                   BITS, SYMMETRIC, 1, 1)  # fmt: skip
-            _write(w10, h10, s_ptr, z_ptr, y_ptr, on, tl.minimum(group + 2, last), column + 64, N, K,
-                   BITS, SYMMETRIC, 1, 1)  # fmt: skip
-            _write(w11, h11, s_ptr, z_ptr, y_ptr, on, tl.minimum(group + 3, last), column + 96, N, K,
-                   BITS, SYMMETRIC, 1, 1)  # fmt: skip
+            _write(w00, h00, at, group, last, column, N, K, BITS, SYMMETRIC, 1, 1)
+            _write(w01, h01, at, group + 1, last, column + 32, N, K, BITS, SYMMETRIC, 1, 1)
+            _write(w10, h10, at, group + 2, last, column + 64, N, K, BITS, SYMMETRIC, 1, 1)
+            _write(w11, h11, at, group + 3, last, column + 96, N, K, BITS, SYMMETRIC, 1, 1)

@@ -76,8 +76,9 @@ def _scaled(words, high, s, z, DTYPE: tl.constexpr, BITS: tl.constexpr, SYMMETRI
 
 
 @triton.jit
-def _small_groups(words, high, s, z, g, groups, s_ptrs, z_ptrs, DTYPE: tl.constexpr, I: tl.constexpr,
-                  PER_TRIP: tl.constexpr, EVEN_K: tl.constexpr, BITS: tl.constexpr, SYMMETRIC: tl.constexpr,
+def _small_groups(words, high, s, z, g, groups, s_ptrs, z_ptrs,
+                  DTYPE: tl.constexpr, I: tl.constexpr, PER_TRIP: tl.constexpr,
+                  EVEN_K: tl.constexpr, BITS: tl.constexpr, SYMMETRIC: tl.constexpr,
                   TILES: tl.constexpr):  # fmt: skip
     """One block in groups of 32, dequantized: scaling the accumulator 4 times would cost more.
 
@@ -125,6 +126,7 @@ def linear_kernel(
     pair_ptr[pm * BLOCK_M:], all of expert expert_ptr[pm]; M counts pairs; x row = pair // TOP_K.
     """
     pn, pk, pm = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     BN: tl.constexpr = TILES * 64
     UNIT: tl.constexpr = 64 if (BITS == 4 or BITS == 8) else 128
     WORDS: tl.constexpr = UNIT * BITS * 2
@@ -166,24 +168,33 @@ def linear_kernel(
     for trip in range(begin, end):
         for u in tl.static_range(UNROLL):
             column = trip * (UNROLL * STEP) + u * STEP
-            words, high = load_words(block_ptr + u * BLOCKS * WORDS, BITS, TILES, BLOCKS, blocks * WORDS)
+            words, high = load_words(
+                block_ptr + u * BLOCKS * WORDS, BITS, TILES, BLOCKS, blocks * WORDS
+            )
             if GROUP == 32:
                 x = _activations(x_ptr, live, column, K, EVEN_K, STEP)
-                v, s, z = _small_groups(words, high, s, z, g, groups, s_ptrs, z_ptrs, x_ptr.dtype.element_ty,
-                                        u * PER_STEP, PER_TRIP, EVEN_K, BITS, SYMMETRIC, TILES)  # fmt: skip
+                v, s, z = _small_groups(words, high, s, z, g, groups, s_ptrs, z_ptrs, DTYPE,
+                                        u * PER_STEP, PER_TRIP, EVEN_K, BITS, SYMMETRIC,
+                                        TILES)  # fmt: skip
                 acc = tl.dot(v, x, acc)
             elif GROUP > 0 and GROUP < UNIT:
                 w0, w1 = halves(words, TILES, 4)
                 h0, h1 = halves(high, TILES, 4)
-                s1, z1 = _grid(s_ptrs, z_ptrs, g, groups, u * PER_STEP + 1, PER_TRIP, EVEN_K, SYMMETRIC, TILES)
-                s2, z2 = _grid(s_ptrs, z_ptrs, g, groups, u * PER_STEP + 2, PER_TRIP, EVEN_K, SYMMETRIC, TILES)
+                s1, z1 = _grid(
+                    s_ptrs, z_ptrs, g, groups, u * PER_STEP + 1, PER_TRIP, EVEN_K, SYMMETRIC, TILES
+                )
+                s2, z2 = _grid(
+                    s_ptrs, z_ptrs, g, groups, u * PER_STEP + 2, PER_TRIP, EVEN_K, SYMMETRIC, TILES
+                )
                 acc = _group(acc, w0, h0, s, z, x_ptr, live, column, K,
                              BITS, SYMMETRIC, True, EVEN_K, TILES, 1, 2)  # fmt: skip
                 acc = _group(acc, w1, h1, s1, z1, x_ptr, live, column + GROUP, K,
                              BITS, SYMMETRIC, True, EVEN_K, TILES, 1, 2)  # fmt: skip
                 s, z = s2, z2
             elif GROUP > 0:
-                s1, z1 = _grid(s_ptrs, z_ptrs, g, groups, u * PER_STEP + 1, PER_TRIP, EVEN_K, SYMMETRIC, TILES)
+                s1, z1 = _grid(
+                    s_ptrs, z_ptrs, g, groups, u * PER_STEP + 1, PER_TRIP, EVEN_K, SYMMETRIC, TILES
+                )
                 acc = _group(acc, words, high, s, z, x_ptr, live, column, K,
                              BITS, SYMMETRIC, True, EVEN_K, TILES, BLOCKS, 4)  # fmt: skip
                 s, z = s1, z1

@@ -16,7 +16,9 @@ from .plan import TILE, Plan, step_blocks, unit
 class Routing(NamedTuple):
     """Which rows of x meet which expert, in blocks of one expert each (see `route`)."""
 
-    pairs: Tensor  # int32 (blocks * block_m,), pair = token * top_k + choice; >= number of pairs: none
+    pairs: (
+        Tensor  # int32 (blocks * block_m,), pair = token * top_k + choice; >= number of pairs: none
+    )
     experts: Tensor  # int32 (blocks,), -1: nothing to do
     count: int  # number of pairs
     top_k: int  # pairs per row of x
@@ -62,7 +64,9 @@ def linear(
         partial = x.new_empty(
             n_blocks * m_blocks * split * tiles * TILE * plan.block_m, dtype=torch.float32
         )
-    options = {"enable_fp_fusion": True} | ({} if plan.maxnreg is None else {"maxnreg": plan.maxnreg})
+    options = {"enable_fp_fusion": True} | (
+        {} if plan.maxnreg is None else {"maxnreg": plan.maxnreg}
+    )
     if pdl:
         options["launch_pdl"] = True
     linear_kernel[(n_blocks, split, m_blocks)](
@@ -133,7 +137,9 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype, out: Tensor | None = No
     return y
 
 
-def linear_experts(x: Tensor, weight: PackedWeight, chosen: Tensor, plan: Plan, **options) -> Tensor:
+def linear_experts(
+    x: Tensor, weight: PackedWeight, chosen: Tensor, plan: Plan, **options
+) -> Tensor:
     """Launch the grouped kernel: (T * top_k, N). `x` is (T, K) or (T * top_k, K)."""
     routing = route(chosen, weight.qweight.shape[0], plan.block_m, chosen.numel() // x.shape[0])
     return linear(x, weight, None, plan, routing=routing, **options)

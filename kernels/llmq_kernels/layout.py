@@ -144,7 +144,9 @@ def unpack_codes(qweight: Tensor, bits: int, N: int, K: int) -> Tensor:
     lanes = (*qweight.shape[:2], 4, 8, 4)  # tile, block, m16, r, c
     chunks = unit(bits) // 64
     if bits == 8:
-        halves = [_extract(p.reshape(*lanes, 4), _shifts(2, 1, 8), 255) for p in qweight.chunk(2, -1)]
+        halves = [
+            _extract(p.reshape(*lanes, 4), _shifts(2, 1, 8), 255) for p in qweight.chunk(2, -1)
+        ]
         t = torch.stack([h.view(*lanes, 4, 1, 2, 2) for h in halves], dim=-2)
     else:
         width = min(bits, 2) if bits != 4 else 4
@@ -172,7 +174,12 @@ def _tiled(values: Tensor) -> Tensor:
 
 def _shifts(pairs: int, chunks: int, width: int) -> list[int]:
     """Bit positions of (chunk, pair, e): pairs from bit 0 up, their second halves 16 above."""
-    return [(c * pairs + p) * width + 16 * e for c in range(chunks) for p in range(pairs) for e in (0, 1)]
+    return [
+        (c * pairs + p) * width + 16 * e
+        for c in range(chunks)
+        for p in range(pairs)
+        for e in (0, 1)
+    ]
 
 
 def _planes(t: Tensor, bits: int) -> list[tuple[Tensor, list[int]]]:

@@ -16,7 +16,9 @@ SLAB_BYTES = 32 << 20  # a dequantized slab stays in the second-level cache unti
 FUSED_DTYPES = (torch.bfloat16, torch.float16)
 
 
-def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, pdl: bool = False) -> Tensor:
+def linear(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, pdl: bool = False
+) -> Tensor:
     """x @ W.T + bias.
 
     Args:
@@ -62,7 +64,9 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     )
 
 
-def _weight(qweight, scale, zero, counters, bits: int, group_size: int, N: int, K: int) -> PackedWeight:
+def _weight(
+    qweight, scale, zero, counters, bits: int, group_size: int, N: int, K: int
+) -> PackedWeight:
     return PackedWeight(qweight, scale, zero, counters, bits, group_size, (N, K))
 
 

@@ -113,6 +113,6 @@ def shared_bytes(capability: tuple[int, int]) -> int:
 
 @functools.cache
 def _table(name: str) -> dict:
-    """The tuned launches of one GPU model, by `bits/group/N/K/M bucket`; empty if there are none."""
+    """Tuned launches of one GPU model, by `bits/group/N/K/M bucket`; empty if there are none."""
     path = TUNED / f"{name.replace(' ', '_')}.json"
     return json.loads(path.read_text())["plans"] if path.is_file() else {}

@@ -177,7 +177,9 @@ def centred(
         if SYMMETRIC:
             return (v - 384.0) + top
         else:
-            return (v - _magic(zero, 127, DTYPE)[:, None]) + (top - _magic(zero, 128, DTYPE)[:, None])
+            return (v - _magic(zero, 127, DTYPE)[:, None]) + (
+                top - _magic(zero, 128, DTYPE)[:, None]
+            )
     elif SYMMETRIC:
         MIDDLE: tl.constexpr = (128.0 if BF16 else 1024.0) + (1 << (BITS - 1))
         return v - MIDDLE
