@@ -113,6 +113,44 @@ def _beside(left, right):
 
 
 @triton.jit
+def _step(acc, words, high, s, z, g, groups, s_ptrs, z_ptrs, x_ptr, live, column, K,
+          I: tl.constexpr, PER_TRIP: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+          SYMMETRIC: tl.constexpr, EVEN_K: tl.constexpr, TILES: tl.constexpr,
+          BLOCKS: tl.constexpr):  # fmt: skip
+    """acc (BN, BM) += W @ x.T over BLOCKS blocks, from group g + I on.
+
+    `s` and `z` are that group's; the next ones are loaded before each product, which hides their
+    latency. Returns (acc, s, z).
+    """
+    COLUMNS: tl.constexpr = BLOCKS * (64 if (BITS == 4 or BITS == 8) else 128)
+    if GROUP == 32:
+        x = _activations(x_ptr, live, column, K, EVEN_K, COLUMNS)
+        v, s, z = _small_groups(words, high, s, z, g, groups, s_ptrs, z_ptrs,
+                                x_ptr.dtype.element_ty, I, PER_TRIP, EVEN_K, BITS, SYMMETRIC,
+                                TILES)  # fmt: skip
+        return tl.dot(v, x, acc), s, z
+    elif GROUP > 0 and GROUP < COLUMNS:
+        w0, w1 = halves(words, TILES, 4)
+        h0, h1 = halves(high, TILES, 4)
+        s1, z1 = _grid(s_ptrs, z_ptrs, g, groups, I + 1, PER_TRIP, EVEN_K, SYMMETRIC, TILES)
+        s2, z2 = _grid(s_ptrs, z_ptrs, g, groups, I + 2, PER_TRIP, EVEN_K, SYMMETRIC, TILES)
+        acc = _group(acc, w0, h0, s, z, x_ptr, live, column, K,
+                     BITS, SYMMETRIC, True, EVEN_K, TILES, 1, 2)  # fmt: skip
+        acc = _group(acc, w1, h1, s1, z1, x_ptr, live, column + GROUP, K,
+                     BITS, SYMMETRIC, True, EVEN_K, TILES, 1, 2)  # fmt: skip
+        return acc, s2, z2
+    elif GROUP > 0:
+        s1, z1 = _grid(s_ptrs, z_ptrs, g, groups, I + 1, PER_TRIP, EVEN_K, SYMMETRIC, TILES)
+        acc = _group(acc, words, high, s, z, x_ptr, live, column, K,
+                     BITS, SYMMETRIC, True, EVEN_K, TILES, BLOCKS, 4)  # fmt: skip
+        return acc, s1, z1
+    else:
+        acc = _group(acc, words, high, s, z, x_ptr, live, column, K,
+                     BITS, SYMMETRIC, False, EVEN_K, TILES, BLOCKS, 4)  # fmt: skip
+        return acc, s, z
+
+
+@triton.jit
 def linear_kernel(
     x_ptr, qw_ptr, s_ptr, z_ptr, bias_ptr, y_ptr, partial_ptr, counter_ptr, pair_ptr, expert_ptr,
     M, N, K, blocks, groups, trips, stride_x,
@@ -126,7 +164,6 @@ def linear_kernel(
     pair_ptr[pm * BLOCK_M:], all of expert expert_ptr[pm]; M counts pairs; x row = pair // TOP_K.
     """
     pn, pk, pm = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     BN: tl.constexpr = TILES * 64
     UNIT: tl.constexpr = 64 if (BITS == 4 or BITS == 8) else 128
     WORDS: tl.constexpr = UNIT * BITS * 2
@@ -167,40 +204,14 @@ def linear_kernel(
     acc = tl.zeros((BN, BLOCK_M), tl.float32)
     for trip in range(begin, end):
         for u in tl.static_range(UNROLL):
-            column = trip * (UNROLL * STEP) + u * STEP
             words, high = load_words(
                 block_ptr + u * BLOCKS * WORDS, BITS, TILES, BLOCKS, blocks * WORDS
             )
-            if GROUP == 32:
-                x = _activations(x_ptr, live, column, K, EVEN_K, STEP)
-                v, s, z = _small_groups(words, high, s, z, g, groups, s_ptrs, z_ptrs, DTYPE,
-                                        u * PER_STEP, PER_TRIP, EVEN_K, BITS, SYMMETRIC,
-                                        TILES)  # fmt: skip
-                acc = tl.dot(v, x, acc)
-            elif GROUP > 0 and GROUP < UNIT:
-                w0, w1 = halves(words, TILES, 4)
-                h0, h1 = halves(high, TILES, 4)
-                s1, z1 = _grid(
-                    s_ptrs, z_ptrs, g, groups, u * PER_STEP + 1, PER_TRIP, EVEN_K, SYMMETRIC, TILES
-                )
-                s2, z2 = _grid(
-                    s_ptrs, z_ptrs, g, groups, u * PER_STEP + 2, PER_TRIP, EVEN_K, SYMMETRIC, TILES
-                )
-                acc = _group(acc, w0, h0, s, z, x_ptr, live, column, K,
-                             BITS, SYMMETRIC, True, EVEN_K, TILES, 1, 2)  # fmt: skip
-                acc = _group(acc, w1, h1, s1, z1, x_ptr, live, column + GROUP, K,
-                             BITS, SYMMETRIC, True, EVEN_K, TILES, 1, 2)  # fmt: skip
-                s, z = s2, z2
-            elif GROUP > 0:
-                s1, z1 = _grid(
-                    s_ptrs, z_ptrs, g, groups, u * PER_STEP + 1, PER_TRIP, EVEN_K, SYMMETRIC, TILES
-                )
-                acc = _group(acc, words, high, s, z, x_ptr, live, column, K,
-                             BITS, SYMMETRIC, True, EVEN_K, TILES, BLOCKS, 4)  # fmt: skip
-                s, z = s1, z1
-            else:
-                acc = _group(acc, words, high, s, z, x_ptr, live, column, K,
-                             BITS, SYMMETRIC, False, EVEN_K, TILES, BLOCKS, 4)  # fmt: skip
+            acc, s, z = _step(
+                acc, words, high, s, z, g, groups, s_ptrs, z_ptrs, x_ptr, live,
+                trip * (UNROLL * STEP) + u * STEP, K, u * PER_STEP, PER_TRIP,
+                BITS, GROUP, SYMMETRIC, EVEN_K, TILES, BLOCKS,
+            )  # fmt: skip
         block_ptr += UNROLL * BLOCKS * WORDS
         s_ptrs += PER_TRIP * 64
         z_ptrs += PER_TRIP * 64
