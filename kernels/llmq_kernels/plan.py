@@ -81,8 +81,8 @@ def closed_form(gpu: Gpu, bits: int, group_size: int, N: int, K: int, M: int) ->
     tiles = -(-N // TILE)
     block_m = next(b for b in (16, 32, 64, 128) if b >= M or b == 128)
     # Two row tiles share the work on x and on addresses: worth it where groups are small or
-    # there are rows enough for every processor.
-    pairs = tiles % 2 == 0
+    # there are rows enough for every processor. With 2 and 3 bits registers run out.
+    pairs = tiles % 2 == 0 and bits >= 4
     many = pairs and (group_size in (32, 64) or tiles >= 3 * gpu.processors)
     # Accumulators of mma.sync (everything but sm_90 and sm_100) need more registers.
     hopper = (9, 0) <= gpu.capability < (12, 0)
