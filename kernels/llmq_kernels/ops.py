@@ -83,7 +83,7 @@ def _linear(
     if x.dtype in FUSED_DTYPES and x.shape[0]:
         plan = plans.choose(gpu(x.device), bits, group_size, N, x.shape[1], x.shape[0])
     if plan is None:
-        return _dense(x, weight, bias)
+        return dense(x, weight, bias)
     from . import launch  # triton: only where it runs
 
     return launch.linear(x.contiguous(), weight, bias, plan, pdl=pdl)
@@ -150,7 +150,7 @@ def _(qweight, scale, zero, bits, group_size, N, K, dtype):
     return qweight.new_empty(N, K, dtype=dtype)
 
 
-def _dense(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+def dense(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """Dequantize slab by slab and multiply densely: many rows, or shapes the kernel cannot take."""
     if x.dtype not in (*FUSED_DTYPES, torch.float32):
         return reference.linear(x, weight, bias)

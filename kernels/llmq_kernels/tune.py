@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import random
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -31,7 +32,10 @@ SHAPES = (
 
 
 def candidates(gpu: Gpu, bits: int, group_size: int, N: int, K: int, M: int) -> list[Plan]:
-    """Launches worth trying, the closed form first."""
+    """Launches worth trying: the closed form, then the others.
+
+    Their order is random but fixed, so that a search that is cut short has seen a fair sample.
+    """
     first = closed_form(gpu, bits, group_size, N, K, M)
     columns = unit(bits) * step_blocks(bits, group_size, K)
     steps = -(-K // columns)
@@ -53,7 +57,9 @@ def candidates(gpu: Gpu, bits: int, group_size: int, N: int, K: int, M: int) -> 
         )
         if sensible:
             found.append(Plan(tiles, block_m, unroll, split, warps, stages, first.maxnreg))
-    return list(dict.fromkeys(found))
+    others = list(dict.fromkeys(found[1:]))
+    random.Random(0).shuffle(others)
+    return list(dict.fromkeys([first, *others]))
 
 
 def random_weight(
