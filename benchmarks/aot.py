@@ -194,7 +194,8 @@ def _disassemble(cubin: bytes) -> tuple[int, int, int, int, list[str], list[str]
     loops = [(labels[t], i + 1) for i, t in jumps if labels.get(t, i) < i]
     loops = [(a, b) for a, b in loops if any("MMA" in op for op in opcodes[a:b])]
     start, stop = min(loops, key=lambda ab: ab[1] - ab[0]) if loops else (0, len(opcodes))
-    return (*map(int, match.groups()), opcodes, opcodes[start:stop])
+    registers, stack, shared, local = map(int, match.groups())
+    return registers, stack, shared, local, opcodes, opcodes[start:stop]
 
 
 def _run(tool: Path, *arguments: str) -> str:

@@ -15,7 +15,8 @@ def ours(x, weight, gpu, out_dtype=None):
     """x @ W.T by the launch that the operators would choose, on any device."""
     from llmq_kernels import launch, ops, plan
 
-    chosen = plan.choose(gpu, weight.bits, weight.group_size, *weight.shape, x.shape[0])
+    N, K = weight.shape
+    chosen = plan.choose(gpu, weight.bits, weight.group_size, N, K, x.shape[0])
     if chosen is None:
         return ops.dense(x, weight, None)
     return launch.linear(x, weight, None, chosen, out_dtype=out_dtype)

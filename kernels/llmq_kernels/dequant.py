@@ -1,3 +1,7 @@
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportAssignmentType=false
+# pyright: reportReturnType=false, reportIndexIssue=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
+# A constexpr of Triton is typed as a class of its own, and a tensor as nearly everything.
 """Packed W -> W in the activations' dtype, for prefill: the dense product then runs in cuBLAS."""
 
 import triton

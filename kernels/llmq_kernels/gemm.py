@@ -1,3 +1,7 @@
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportAssignmentType=false
+# pyright: reportReturnType=false, reportIndexIssue=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
+# A constexpr of Triton is typed as a class of its own, and a tensor as nearly everything.
 """y = x @ W.T with packed W: one Triton kernel for decoding, small batches and stacked experts.
 
 Operands are swapped: rows of W are the matrix instruction's left operand and stay in registers,

@@ -20,7 +20,7 @@ class Routing(NamedTuple):
         Tensor  # int32 (blocks * block_m,), pair = token * top_k + choice; >= number of pairs: none
     )
     experts: Tensor  # int32 (blocks,), -1: nothing to do
-    count: int  # number of pairs
+    total: int  # number of pairs
     top_k: int  # pairs per row of x
 
 
@@ -49,7 +49,7 @@ def linear(
         (M, N), or (pairs, N).
     """
     N, K = weight.shape
-    M = x.shape[0] if routing is None else routing.count
+    M = x.shape[0] if routing is None else routing.total
     m_blocks = -(-M // plan.block_m) if routing is None else routing.experts.numel()
     blocks = weight.qweight.shape[-2]
     per_step = step_blocks(weight.bits, weight.group_size, K)
@@ -64,9 +64,13 @@ def linear(
         partial = x.new_empty(
             n_blocks * m_blocks * split * tiles * TILE * plan.block_m, dtype=torch.float32
         )
-    options = {"enable_fp_fusion": True} | (
-        {} if plan.maxnreg is None else {"maxnreg": plan.maxnreg}
-    )
+    options: dict[str, object] = {
+        "num_warps": plan.warps,
+        "num_stages": plan.stages,
+        "enable_fp_fusion": True,  # what triton 3.6 does unasked, and 3.9 warns about
+    }
+    if plan.maxnreg is not None:
+        options["maxnreg"] = plan.maxnreg
     if pdl:
         options["launch_pdl"] = True
     linear_kernel[(n_blocks, split, m_blocks)](
@@ -99,8 +103,6 @@ def linear(
         EVEN_K=blocks * unit(weight.bits) == K,
         PDL=pdl,
         TOP_K=0 if routing is None else routing.top_k,
-        num_warps=plan.warps,
-        num_stages=plan.stages,
         **options,
     )
     return y
@@ -131,8 +133,7 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype, out: Tensor | None = No
         GROUP=max(0, weight.group_size),
         SYMMETRIC=weight.zero is None,
         BLOCKS=per_step,
-        num_warps=4,
-        enable_fp_fusion=True,
+        **{"num_warps": 4, "enable_fp_fusion": True},
     )
     return y
 

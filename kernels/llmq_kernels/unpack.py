@@ -1,3 +1,7 @@
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportAssignmentType=false
+# pyright: reportReturnType=false, reportIndexIssue=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
+# A constexpr of Triton is typed as a class of its own, and a tensor as nearly everything.
 """Packed words -> the left operand of a matrix instruction, in registers. Triton.
 
 An OR puts codes under the mantissa of a power of two (bf16: 0x4300 | q = 128 + q, fp16:
