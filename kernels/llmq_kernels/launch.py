@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,15 +64,27 @@ def linear(
         partial = x.new_empty(
             n_blocks * m_blocks * split * tiles * TILE * plan.block_m, dtype=torch.float32
         )
-    options: dict[str, object] = {
+    constants: dict[str, Any] = {
+        "BITS": weight.bits,
+        "GROUP": max(0, weight.group_size),
+        "SYMMETRIC": weight.zero is None,
+        "BIAS": bias is not None,
+        "TILES": tiles,
+        "BLOCK_M": plan.block_m,
+        "BLOCKS": per_step,
+        "UNROLL": unroll,
+        "SPLIT": split > 1,
+        "EVEN_K": blocks * unit(weight.bits) == K,
+        "PDL": pdl,
+        "TOP_K": 0 if routing is None else routing.top_k,
         "num_warps": plan.warps,
         "num_stages": plan.stages,
         "enable_fp_fusion": True,  # what triton 3.6 does unasked, and 3.9 warns about
     }
     if plan.maxnreg is not None:
-        options["maxnreg"] = plan.maxnreg
+        constants["maxnreg"] = plan.maxnreg
     if pdl:
-        options["launch_pdl"] = True
+        constants["launch_pdl"] = True
     linear_kernel[(n_blocks, split, m_blocks)](
         x,
         weight.qweight,
@@ -91,19 +103,7 @@ def linear(
         weight.scale.shape[-2],
         steps // unroll,
         x.stride(0),
-        BITS=weight.bits,
-        GROUP=max(0, weight.group_size),
-        SYMMETRIC=weight.zero is None,
-        BIAS=bias is not None,
-        TILES=tiles,
-        BLOCK_M=plan.block_m,
-        BLOCKS=per_step,
-        UNROLL=unroll,
-        SPLIT=split > 1,
-        EVEN_K=blocks * unit(weight.bits) == K,
-        PDL=pdl,
-        TOP_K=0 if routing is None else routing.top_k,
-        **options,
+        **constants,
     )
     return y
 
@@ -120,6 +120,14 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype, out: Tensor | None = No
     y = weight.scale.new_empty(N, K, dtype=dtype) if out is None else out
     blocks = weight.qweight.shape[-2]
     per_step = step_blocks(weight.bits, weight.group_size, K)
+    constants: dict[str, Any] = {
+        "BITS": weight.bits,
+        "GROUP": max(0, weight.group_size),
+        "SYMMETRIC": weight.zero is None,
+        "BLOCKS": per_step,
+        "num_warps": 4,
+        "enable_fp_fusion": True,
+    }
     dequantize_kernel[(weight.qweight.shape[-3], blocks // per_step)](
         weight.qweight,
         weight.scale,
@@ -129,11 +137,7 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype, out: Tensor | None = No
         K,
         blocks,
         weight.scale.shape[-2],
-        BITS=weight.bits,
-        GROUP=max(0, weight.group_size),
-        SYMMETRIC=weight.zero is None,
-        BLOCKS=per_step,
-        **{"num_warps": 4, "enable_fp_fusion": True},
+        **constants,
     )
     return y
 
