@@ -27,6 +27,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from llmq_kernels.dequant import dequantize_kernel
 from llmq_kernels.gemm import linear_kernel
 from llmq_kernels.plan import Gpu, closed_form, shared_bytes, step_blocks, unit
 
@@ -72,6 +73,7 @@ class Config(NamedTuple):
     pdl: bool = False
     top_k: int = 0
     maxnreg: int | None = None
+    ones: tuple[str, ...] = ()  # integer arguments equal to 1, which triton makes constants
 
     def name(self) -> str:
         """A short name, also the key in the report."""
@@ -80,6 +82,7 @@ class Config(NamedTuple):
             f"BN{64 * self.tiles} BM{self.block_m} u{self.unroll} warps{self.warps} s{self.stages}"
             + (" pdl" if self.pdl else "")
             + (" experts" if self.top_k else "")
+            + "".join(f" {name}=1" for name in self.ones)
         )
 
 
@@ -103,7 +106,10 @@ def small(arch: int) -> list[Config]:
 def variants(arch: int) -> list[Config]:
     """Other launches of 4 bits in groups of 128: larger batches, PDL, stacked experts."""
     gpu = Gpu("unknown", divmod(arch, 10), 132)
-    found = [Config(pdl=True), Config(top_k=2), Config(unroll=4)] * (arch == 90)
+    found = []
+    if arch == 90:
+        found = [Config(pdl=True), Config(top_k=2), Config(unroll=4), Config(ones=("M",))]
+        found.append(Config(group=-1, symmetric=False, ones=("M", "groups")))
     for N, M in ((57344, 16), (8192, 32), (57344, 32), (8192, 64), (57344, 64), (8192, 256)):
         plan = closed_form(gpu, 4, 128, N, 8192, M)
         found.append(
@@ -123,6 +129,7 @@ def facts(config: Config, arch: int) -> dict:
         "UNROLL": config.unroll, "SPLIT": True, "EVEN_K": True, "PDL": config.pdl,
         "TOP_K": config.top_k,
     }  # fmt: skip
+    constants |= dict.fromkeys(config.ones, 1)
     weights = 64 * config.tiles * blocks * unit(config.bits) * config.unroll
     options = {
         "num_warps": config.warps,
@@ -134,6 +141,19 @@ def facts(config: Config, arch: int) -> dict:
     if config.maxnreg:
         options["maxnreg"] = config.maxnreg
     return _compile(linear_kernel, config.dtype, constants, arch, options, weights)
+
+
+def dequantize_facts(config: Config, arch: int) -> dict:
+    """The same for the dequantizing kernel; its "loop" is the whole program."""
+    blocks = step_blocks(config.bits, config.group, 4096)
+    constants = {
+        "BITS": config.bits, "GROUP": max(0, config.group), "SYMMETRIC": config.symmetric,
+        "BLOCKS": blocks,
+    }  # fmt: skip
+    options = {"num_warps": 4, "enable_fp_fusion": True}
+    weights = 64 * blocks * unit(config.bits)
+    row = _compile(dequantize_kernel, config.dtype, constants, arch, options, weights)
+    return row | {"complaints": ["spills"] * bool(row["spills"] or row["stack"] or row["local"])}
 
 
 def _compile(kernel, dtype: str, constants: dict, arch: int, options: dict, weights: int) -> dict:
@@ -262,6 +282,14 @@ def main() -> int:
             bad += bool(wrong)
             rows[f"sm_{arch} {config.name()}"] = row | {"complaints": wrong}
             print(line(config.name(), row, wrong), flush=True)
+        for bits, group in itertools.product((4, 8, 3, 2), (128, 64, 32, -1)):
+            config = Config(bits, group, symmetric=False)
+            name = f"dequantize w{bits} g{group} asym bf16"
+            if arguments.only in name:
+                row = dequantize_facts(config, arch)
+                bad += bool(row["complaints"])
+                rows[f"sm_{arch} {name}"] = row
+                print(line(name, row, row["complaints"]), flush=True)
     if arguments.out:
         report = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
         version = f"triton {triton.__version__}"
