@@ -82,11 +82,12 @@ def _linear(
     plan = None
     if x.dtype in FUSED_DTYPES and x.shape[0]:
         plan = plans.choose(gpu(x.device), bits, group_size, N, x.shape[1], x.shape[0])
-    if plan is None:
-        return dense(x, weight, bias)
-    from . import launch  # triton: only where it runs
+    with torch.cuda.device(x.device):  # triton launches on the current device, not on x's
+        if plan is None:
+            return dense(x, weight, bias)
+        from . import launch  # triton: only where it runs
 
-    return launch.linear(x.contiguous(), weight, bias, plan, pdl=pdl)
+        return launch.linear(x.contiguous(), weight, bias, plan, pdl=pdl)
 
 
 @_linear.register_fake
@@ -124,7 +125,8 @@ def _linear_experts(
     pairs, experts = chosen.numel(), qweight.shape[0]
     rows = max(1, pairs // min(pairs, experts)) if pairs else 1
     plan = plans.closed_form(gpu(x.device), bits, group_size, N, x.shape[1], min(rows, 64))
-    return launch.linear_experts(x.contiguous(), weight, chosen, plan)
+    with torch.cuda.device(x.device):
+        return launch.linear_experts(x.contiguous(), weight, chosen, plan)
 
 
 @_linear_experts.register_fake
@@ -142,7 +144,8 @@ def _dequantize(
         return reference.dequantize(weight, dtype)
     from . import launch
 
-    return launch.dequantize(weight, dtype)
+    with torch.cuda.device(qweight.device):
+        return launch.dequantize(weight, dtype)
 
 
 @_dequantize.register_fake

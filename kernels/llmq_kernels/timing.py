@@ -26,6 +26,7 @@ def microseconds(calls: Sequence[Call], *, device: torch.device, replays: int = 
             call()
         return (time.perf_counter() - started) * 1e6 / len(calls)
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # compile and allocate outside the capture
         for call in calls[:2]:
             call()
