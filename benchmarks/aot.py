@@ -263,6 +263,14 @@ HEADER = (
 )
 
 
+def save(path: Path, rows: dict[str, dict]) -> None:
+    """Merge rows into the report; after every architecture, so that a stopped run keeps some."""
+    report = json.loads(path.read_text()) if path.is_file() else {}
+    version = f"triton {triton.__version__}"
+    report[version] = report.get(version, {}) | rows
+    path.write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
+
+
 def main() -> int:
     """Print the table; write the report; exit status 1 if something is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -290,11 +298,8 @@ def main() -> int:
                 bad += bool(row["complaints"])
                 rows[f"sm_{arch} {name}"] = row
                 print(line(name, row, row["complaints"]), flush=True)
-    if arguments.out:
-        report = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
-        version = f"triton {triton.__version__}"
-        report[version] = report.get(version, {}) | rows
-        arguments.out.write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
+        if arguments.out:
+            save(arguments.out, rows)
     return int(bad > 0)
 
 
