@@ -268,7 +268,11 @@ def save(path: Path, rows: dict[str, dict]) -> None:
     report = json.loads(path.read_text()) if path.is_file() else {}
     version = f"triton {triton.__version__}"
     report[version] = report.get(version, {}) | rows
-    path.write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
+    versions = []
+    for name in sorted(report):
+        lines = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(report[name].items())]
+        versions.append(f" {json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n }")
+    path.write_text("{\n" + ",\n".join(versions) + "\n}\n")  # one row, one line
 
 
 def main() -> int:
