@@ -10,6 +10,7 @@ A backend may keep tensors of its own (a repacked weight) in `layer.prepared`: m
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 from llmq.errors import BackendError
 from llmq.formats.compressed_tensors import unpack_bits
 from llmq.scheme import QuantizedWeight, QuantScheme
+from llmq_kernels import layout, ops
 
 # Weights per slab of `dequantize`: its float32 work space stays in the last-level cache. Measured
 # on Zen 4: 2048 x 2048 at 4 bits in 2.1 ms on one thread, against 3.2 ms in one piece.
@@ -184,9 +186,66 @@ class CpuInt4:
         return next((size for size in (128, 64, 32) if width % size == 0), None)
 
 
+@dataclass(frozen=True)
+class Triton:
+    """The kernels of `llmq_kernels` (their README has layout and contract), for NVIDIA GPUs.
+
+    bfloat16 and float16 activations; many rows are dequantized in slabs and multiplied densely.
+    """
+
+    name: str = "triton"
+    min_capability: tuple[int, int] = (8, 0)
+
+    def why_not(self, layer: Layer) -> str | None:
+        device = layer.weight_packed.device
+        if device.type != "cuda":
+            return f"the weight is on {device.type}, not on a CUDA GPU."
+        if torch.version.hip is not None:
+            return "the kernels are for NVIDIA GPUs, and this torch is built for AMD ones."
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed."
+        found = torch.cuda.get_device_capability(device)
+        if found < self.min_capability:
+            return (
+                f"this GPU has compute capability {found[0]}.{found[1]}; the kernels need "
+                f"{self.min_capability[0]}.{self.min_capability[1]} (Ampere) or newer."
+            )
+        if layer.scheme.group_size not in layout.GROUP_SIZES:
+            sizes = ", ".join(map(str, layout.GROUP_SIZES))
+            return f"group_size={layer.scheme.group_size}: the kernels know {sizes}."
+        if layer.weight_scale.dtype not in ops.FUSED_DTYPES:
+            return (
+                f"the model is in {str(layer.weight_scale.dtype).removeprefix('torch.')} and the "
+                "kernels compute in bfloat16 or float16; load it with dtype=torch.bfloat16."
+            )
+        return None
+
+    def prepare(self, layer: Layer) -> tuple[Tensor, ...]:
+        q, scheme = layer.quantized(), layer.scheme
+        zero = None if scheme.symmetric else q.zero
+        w = layout.pack(q.codes, q.scale, zero, bits=scheme.bits, group_size=scheme.group_size)
+        tensors = (w.qweight, w.scale, w.counters)
+        return tensors if w.zero is None else (*tensors, w.zero)
+
+    def matmul(self, x: Tensor, layer: Layer) -> Tensor:
+        qweight, scale, counters, *zero = layer.prepared
+        weight = layout.PackedWeight(
+            qweight,
+            scale,
+            zero[0] if zero else None,
+            counters,
+            layer.scheme.bits,
+            layer.scheme.group_size,
+            (layer.out_features, layer.in_features),
+        )
+        bias = None if layer.bias is None else layer.bias.to(x.dtype)
+        return ops.linear(x, weight, bias)
+
+
 TORCH = Torch()
 CPU_INT4 = CpuInt4()
-BACKENDS: tuple[Backend, ...] = (CPU_INT4, TORCH)
+TRITON = Triton()
+BACKENDS: tuple[Backend, ...] = (TRITON, CPU_INT4, TORCH)
 
 
 def choose(layer: Layer, name: str | None = None) -> Backend:

@@ -1,0 +1,53 @@
+"""What the compiler makes of the kernels, for GPUs that are not here: see benchmarks/aot.py."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parents[1]
+REPORT = ROOT / "benchmarks/results/aot.json"
+
+
+def compile_for(arch: int, only: str) -> None:
+    """Compile the configurations whose name holds `only`; fails with the table if one is bad."""
+    done = subprocess.run(
+        [sys.executable, "benchmarks/aot.py", "--arch", str(arch), "--only", only],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert f"sm_{arch}" in done.stdout
+
+
+@pytest.mark.parametrize("arch", [80, 89, 90, 100])
+def test_machine_code_of_the_main_format(arch: int) -> None:
+    compile_for(arch, "w4 g128 asym bf16")
+
+
+@pytest.mark.parametrize("only", ["w4 g32 sym bf16", "w8 g64 sym fp16", "w3 g128 sym bf16", "pdl"])
+def test_machine_code_of_other_formats_on_hopper(only: str) -> None:
+    compile_for(90, only)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 89, 90, 100])
+def test_machine_code_of_everything(arch: int) -> None:
+    compile_for(arch, "")
+
+
+def test_committed_report_has_both_compilers_and_no_complaints() -> None:
+    report = json.loads(REPORT.read_text())
+    assert set(report) == {"triton 3.6.0", "triton 3.9.0"}
+    for version, rows in report.items():
+        for arch in (80, 89, 90, 100):
+            assert any(name.startswith(f"sm_{arch} w4") for name in rows), (version, arch)
+        for name, row in rows.items():
+            assert not row["complaints"], (version, name, row["complaints"])

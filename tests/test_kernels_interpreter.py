@@ -1,0 +1,68 @@
+"""The Triton kernels against float64, run by Triton's interpreter in a process of its own.
+
+Every case also runs twice (same bits), with outputs poisoned with NaN, and checks the
+dequantizing kernel, which must be exact. Error bar: twice that of torch's dense product.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import kernels_cases
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parents[1]
+
+
+def interpret(which: str, *names: str) -> list[dict]:
+    """Run cases of tests/kernels_cases.py under the interpreter."""
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "kernels"), str(ROOT / "tests")]),
+    }
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests/kernels_cases.py"), which, *names],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def judge(row: dict) -> None:
+    assert row["error"] <= 2 * row["dense"], row
+    assert row["error_float32"] < 1e-6, row
+    assert row["error_stored"] <= 3 * row["dense"] + 1e-5, row  # the interpreter truncates to bf16
+    assert row["repeatable"], row
+    assert row["counters_zero"], row
+    assert row["dequantize"], row
+
+
+@pytest.fixture(scope="module")
+def rows() -> dict[str, dict]:
+    names = [case.name() for case in kernels_cases.chosen()]
+    return {row["name"]: row for row in interpret("default", *names)}
+
+
+@pytest.mark.parametrize("name", [case.name() for case in kernels_cases.chosen()])
+def test_kernel_in_the_interpreter(rows: dict[str, dict], name: str) -> None:
+    judge(rows[name])
+
+
+@pytest.mark.parametrize("name", ["experts", "experts-split"])
+def test_grouped_kernel_in_the_interpreter(name: str) -> None:
+    (row,) = interpret("experts", name)
+    judge(row | {"dequantize": True})
+
+
+@pytest.mark.slow
+def test_every_format_and_launch_in_the_interpreter() -> None:
+    for row in [*interpret("default"), *interpret("full")]:
+        judge(row)
