@@ -40,6 +40,7 @@ from llmq.solvers.rtn import RTN
 from llmq.source import (
     check_path,
     context_length,
+    map_by_block,
     open_config,
     open_model,
     open_tokenizer,
@@ -129,6 +130,7 @@ def quantize(
         )
         _check_vocabulary(windows, config)
         model = open_model(name)
+        map_by_block(model, name)
         names = quantizable(model, lm_head)
         check_groups(names, recipe)
         if not any(recipe.scheme_for(n) for n in names):

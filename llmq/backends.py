@@ -1,6 +1,7 @@
 """How a packed matrix is multiplied: an ordered tuple of backends, one chosen per layer at load.
 
-    BACKENDS    fastest first; the last one, `TORCH`, runs everything everywhere
+    BACKENDS    in order of preference; `TORCH` runs everything everywhere, so what stands behind
+                it is chosen only by name
     choose      the first backend that can run a layer, or the one the user named
     dequantize  the dense matrix, in cache-sized slabs
 
@@ -245,7 +246,8 @@ class Triton:
 TORCH = Torch()
 CPU_INT4 = CpuInt4()
 TRITON = Triton()
-BACKENDS: tuple[Backend, ...] = (TRITON, CPU_INT4, TORCH)
+# The Triton kernels move to the front once they have been run and measured on a GPU.
+BACKENDS: tuple[Backend, ...] = (CPU_INT4, TORCH, TRITON)
 
 
 def choose(layer: Layer, name: str | None = None) -> Backend:

@@ -12,6 +12,7 @@ from llmq.blocks import (
     decoder_blocks,
     hooks,
     inputs_of,
+    keep_outputs,
     linears,
     record_calls,
     run_block,
@@ -73,6 +74,25 @@ def test_inputs_are_those_of_a_whole_run(model):
         for whole in seen:
             a, b = ([x] if isinstance(x, torch.Tensor) else x for x in (whole, early[1]))
             assert all(map(torch.equal, a, b))
+
+
+@torch.no_grad()
+def test_parts_that_are_done_run_once(model):
+    _, blocks = decoder_blocks(model)
+    recording = record_calls(model, blocks, tokens(model, (2, 24), (1, 9)))
+    batches = list(zip(recording.hidden, recording.calls[0], strict=True))
+    block = as_linears(shared_copy(blocks[0]))
+    expected = [run_block(block, h, c) for h, c in batches]
+    groups = shared_input_groups(block, *batches[0])
+    first = groups[0][0].partition(".")[0]  # attention, mostly
+    done = {name for name in linears(block) if name.startswith(f"{first}.")}
+    runs = []
+    block.get_submodule(groups[0][0]).register_forward_hook(lambda *_: runs.append(1))
+    keep_outputs(block, done, len(batches))
+    for _ in range(3):
+        outputs = [run_block(block, h, c) for h, c in batches]
+        assert all(map(torch.equal, outputs, expected))
+    assert len(runs) == len(batches)
 
 
 @torch.no_grad()
