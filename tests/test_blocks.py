@@ -1,5 +1,6 @@
 """Running blocks one at a time gives what the whole model gives, on every architecture."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -28,6 +29,14 @@ def tokens(model: Any, *shapes: tuple[int, int]) -> list[torch.Tensor]:
     return [torch.randint(0, vocab, shape, generator=generator) for shape in shapes]
 
 
+def note_input(seen: list[Any], _: nn.Module, args: tuple[Any, ...]) -> None:
+    seen.append(args[0])
+
+
+def note_output(seen: list[Any], _: nn.Module, __: Any, output: Any) -> None:
+    seen.append(output[0] if isinstance(output, tuple) else output)
+
+
 @pytest.fixture(params=list(ARCHITECTURES))
 def model(request: pytest.FixtureRequest) -> Any:
     return tiny_model(request.param, dtype=torch.float32).eval()
@@ -39,12 +48,9 @@ def test_replay_is_the_model(model):
     batches = tokens(model, (2, 24), (3, 17))
     recording = record_calls(model, blocks, batches)
     for b, ids in enumerate(batches):
-        seen: list[torch.Tensor] = []
-        handle = blocks[-1].register_forward_hook(
-            lambda _, __, out, seen=seen: seen.append(out[0] if isinstance(out, tuple) else out)
-        )
-        model(ids, use_cache=False)
-        handle.remove()
+        seen: list[Any] = []
+        with hooks(blocks[-1].register_forward_hook(partial(note_output, seen))):
+            model(ids, use_cache=False)
         hidden = recording.hidden[b]
         for i, block in enumerate(blocks):
             hidden = run_block(block, hidden, recording.calls[i][b])
@@ -60,14 +66,8 @@ def test_inputs_are_those_of_a_whole_run(model):
     assert sorted(name for names in groups for name in names) == sorted(linears(block))
     for names in groups:
         seen: list[Any] = []
-        with hooks(
-            *[
-                block.get_submodule(name).register_forward_pre_hook(
-                    lambda _, args, seen=seen: seen.append(args[0])
-                )
-                for name in names
-            ]
-        ):
+        note = partial(note_input, seen)
+        with hooks(*[block.get_submodule(n).register_forward_pre_hook(note) for n in names]):
             run_block(block, recording.hidden[1], recording.calls[0][1])
         early = list(inputs_of(block, names[0], recording.hidden, recording.calls[0]))
         assert len(early) == 2
@@ -86,7 +86,7 @@ def test_parts_that_are_done_run_once(model):
     groups = shared_input_groups(block, *batches[0])
     first = groups[0][0].partition(".")[0]  # attention, mostly
     done = {name for name in linears(block) if name.startswith(f"{first}.")}
-    runs = []
+    runs: list[int] = []
     block.get_submodule(groups[0][0]).register_forward_hook(lambda *_: runs.append(1))
     keep_outputs(block, done, len(batches))
     for _ in range(3):
