@@ -141,9 +141,6 @@ def quantize(
         with writing(out):
             hf.save(model, folder, source=name)
         report = {
-            "llmq": llmq.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
             "source": name,
             "method": method,
             "bits": bits,
@@ -160,11 +157,9 @@ def quantize(
                 "join": join,
                 "seed": seed,
             },
-            "bits_per_weight": bits_per_weight(inspect_checkpoint(folder)),
             "seconds": time.perf_counter() - start,
             "peak_memory_bytes": peak_memory_bytes(where),
-            "expert_coverage": expert_coverage(layers),
-            "layers": [layer_entry(layer) for layer in layers],
+            **_outcome(folder, layers),
         }
         with writing(out):
             write_report(folder, report)
@@ -235,6 +230,18 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
         **kwargs: passed on to `from_pretrained`.
     """
     return hf.load(check_path(path), **kwargs)
+
+
+def _outcome(folder: Path, layers: Sequence[LayerReport]) -> dict[str, Any]:
+    """What a report says about versions and layers."""
+    return {
+        "llmq": llmq.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "bits_per_weight": bits_per_weight(inspect_checkpoint(folder)),
+        "expert_coverage": expert_coverage(layers),
+        "layers": [layer_entry(layer) for layer in layers],
+    }
 
 
 def _watched(reports: Iterable[LayerReport], total: int, show: bool) -> Iterator[LayerReport]:
