@@ -46,6 +46,7 @@ def contenders(symmetric: bool) -> list[Contender]:
     return [
         Contender("llmq gptq", "llmq", symmetric),
         Contender("gptqmodel default", "gptqmodel", symmetric),
+        Contender("gptqmodel mse 2.4", "gptqmodel", symmetric, '{"mse": 2.4}'),
         Contender("llmcompressor default", "llmcompressor", symmetric),
     ]
 

@@ -24,8 +24,7 @@ from llmq.formats.compressed_tensors import unpack_bits
 from llmq.scheme import QuantizedWeight, QuantScheme
 from llmq_kernels import layout, ops
 
-# Weights per slab of `dequantize`: its float32 work space stays in the last-level cache. Measured
-# on Zen 4: 2048 x 2048 at 4 bits in 2.1 ms on one thread, against 3.2 ms in one piece.
+# Weights per slab of `dequantize`: its float32 work space stays in the last-level cache.
 SLAB = 2**20
 
 
@@ -127,8 +126,8 @@ class CpuInt4:
     """
 
     name: str = "cpu-int4"
-    # Above this many rows, dequantizing and multiplying densely is faster (Zen 4, one thread:
-    # break-even between 24 and 48 rows for 576 x 1536 to 4096 x 4096).
+    # Above this many rows, dequantizing and multiplying densely seemed faster in rough timings on
+    # a loaded machine; no benchmark script has settled the break-even yet.
     max_rows: int = 32
 
     def why_not(self, layer: Layer) -> str | None:

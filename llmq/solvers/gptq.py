@@ -4,7 +4,7 @@ Frantar et al. 2022 (arXiv 2210.17323). With H the second moment of the layer's 
 H^-1 = U^T U, U upper triangular, rounding column j with error e_j = (w_j - q_j) / U_jj and
 updating w_k -= e_j U_jk for k > j minimises the output error over all later columns.
 
-What differs from the textbook version, each for a measured reason:
+What differs from the textbook version:
 - Grids minimise the rounding error weighted by 1 / U_jj^2, the weight that this very procedure
   gives to column j, and are chosen when their group is reached, from the updated weights.
 - Columns are ordered by importance in whole groups and inside each group ("group-aware
