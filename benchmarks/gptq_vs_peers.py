@@ -62,7 +62,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--gptqmodel", help="interpreter that has GPTQModel")
     parser.add_argument("--llmcompressor", help="interpreter that has llm-compressor")
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--only", help="contenders whose name contains this")
+    parser.add_argument("--only", nargs="+", help="contenders whose name contains one of these")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--symmetry", nargs="+", choices=["sym", "asym"], default=["sym", "asym"])
@@ -182,7 +182,7 @@ def show(rows: list[dict[str, Any]], compared: list[dict[str, Any]]) -> None:
 def chosen(args: argparse.Namespace) -> list[Contender]:
     every = [c for name in args.symmetry for c in contenders(name == "sym")]
     every = [c for c in every if getattr(args, c.tool)]
-    return [c for c in every if not args.only or args.only in c.name]
+    return [c for c in every if not args.only or any(part in c.name for part in args.only)]
 
 
 def run(contender: Contender, args: argparse.Namespace, calib: Path) -> tuple[dict[str, Any], Path]:
