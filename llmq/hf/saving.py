@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
+from huggingface_hub import (
+    StateDictSplit,
+    snapshot_download,
+    split_state_dict_into_shards_factory,
+)
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -36,13 +40,17 @@ COMPANIONS = (
 )
 
 
+SHARD_SIZE = "5GB"
+INDEX_FILE = "model.safetensors.index.json"
+
+
 def save(
     model: Any,
     out: str | Path,
     *,
     source: str | Path | None = None,
     tokenizer: Any = None,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str = SHARD_SIZE,
 ) -> Path:
     """Write a packed model as a compressed-tensors `pack-quantized` checkpoint.
 
@@ -74,7 +82,14 @@ def save(
     attach(model)
     original = None if source is None else _original(source)
     with staged_folder(out) as folder, writing(out):
-        _write_weights(folder, _tensors(model, original), max_shard_size)
+        known = set() if original is None else _keys(original)
+        tensors = checkpoint_tensors(model, known)
+        if offloaded := [key for key, tensor in tensors.items() if tensor.is_meta]:
+            raise SourceError(
+                f"{offloaded[0]} is offloaded. Load the model without offloading, or use "
+                "model.save_pretrained, which reads offloaded weights back."
+            )
+        _write_weights(folder, tensors, max_shard_size)
         if original is None:
             if model.can_generate():
                 model.generation_config.save_pretrained(folder)
@@ -105,18 +120,17 @@ def _original(source: str | Path) -> Path:
     return folder
 
 
-def _tensors(model: Any, original: Path | None) -> dict[str, Tensor]:
-    """Every tensor to write, under the original's names."""
+def checkpoint_tensors(model: Any, known: Collection[str]) -> dict[str, Tensor]:
+    """Every tensor to write, under the original's names.
+
+    Args:
+        model: packed and attached; on meta, tensors are shapes and dtypes only.
+        known: keys of the original checkpoint; empty = the model's own names.
+    """
     own = model.state_dict()
     for key, kept in model.all_tied_weights_keys.items():
         if key in own and kept in own and own[key].data_ptr() == own[kept].data_ptr():
             del own[key]
-    if offloaded := [key for key, tensor in own.items() if tensor.is_meta]:
-        raise SourceError(
-            f"{offloaded[0]} is offloaded. Load the model without offloading, or use "
-            "model.save_pretrained, which reads offloaded weights back."
-        )
-    known = set() if original is None else _keys(original)
     prefix = f"{model.base_model_prefix}."
     tensors = {}
     for key, tensor in revert_weight_conversion(model, own).items():
@@ -147,22 +161,34 @@ def _keys(folder: Path) -> set[str]:
     return keys
 
 
-def _write_weights(folder: Path, tensors: Mapping[str, Tensor], max_shard_size: int | str) -> None:
-    """model.safetensors, or shards and their index."""
-    split = split_state_dict_into_shards_factory(
+def shards(
+    tensors: Mapping[str, Tensor], max_shard_size: int | str = SHARD_SIZE
+) -> StateDictSplit:
+    """Which file each tensor goes to."""
+    return split_state_dict_into_shards_factory(
         dict(tensors),
         get_storage_size=lambda tensor: tensor.nbytes,
         get_storage_id=lambda tensor: None,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_size,
     )
+
+
+def shard_index(split: StateDictSplit) -> str:
+    """The text of model.safetensors.index.json."""
+    index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+    return json.dumps(index, indent=2) + "\n"
+
+
+def _write_weights(folder: Path, tensors: Mapping[str, Tensor], max_shard_size: int | str) -> None:
+    """model.safetensors, or shards and their index."""
+    split = shards(tensors, max_shard_size)
     for name, keys in split.filename_to_tensors.items():
         # Experts are views of their stack: copied here, one shard at a time.
         shard = {key: torch.clone(tensors[key].detach()).cpu().contiguous() for key in keys}
         save_file(shard, folder / name, metadata={"format": "pt"})
     if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (folder / INDEX_FILE).write_text(shard_index(split), encoding="utf-8")
 
 
 def _config(model: Any, original: Path | None) -> dict[str, Any]:

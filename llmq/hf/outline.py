@@ -1,0 +1,95 @@
+"""A model as shapes only: what quantizing it would write, to the byte, before a weight is read."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from llmq.hf.quantizer import attach
+from llmq.hf.saving import checkpoint_tensors, shard_index, shards
+from llmq.hf.skeleton import out_in, put
+from llmq.nn import STACKS, PackedExperts, PackedLinear, is_stacked_experts
+from llmq.scheme import QuantScheme
+
+# Names in safetensors headers, in the order in which a file stores its tensors.
+DTYPES = {
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_ORDER = list(DTYPES.values())
+
+
+def outline(config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a transformers `config` on the meta device: shapes and dtypes, no storage."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def pack_outline(model: PreTrainedModel, schemes: Mapping[str, QuantScheme]) -> None:
+    """Put packed modules where a run would put them.
+
+    Args:
+        model: on meta; changed in place.
+        schemes: matrix (a linear, or one stack of a module of experts) -> its number format.
+    """
+    for name, scheme in schemes.items():
+        parent, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        if isinstance(owner, PackedExperts):  # packed with its other stack
+            continue
+        if leaf in STACKS and is_stacked_experts(owner):
+            both = [schemes.get(f"{parent}.{stack}") for stack in STACKS]
+            if all(both):
+                put(model, parent, PackedExperts(owner, *both))  # type: ignore[arg-type]
+            continue
+        module = model.get_submodule(name)
+        N, K = out_in(module)  # type: ignore[arg-type]
+        dtype = module.get_parameter("weight").dtype
+        packed = PackedLinear(scheme, K, N, module.bias is not None, dtype, "meta")
+        if module is model.get_output_embeddings():
+            model.set_output_embeddings(packed)
+        else:
+            put(model, name, packed)
+    attach(model)
+
+
+def stored_bytes(model: nn.Module, known: set[str]) -> int:
+    """Size of all files of weights that saving `model` (packed, on meta) would write, in bytes.
+
+    Args:
+        known: keys of the original checkpoint.
+    """
+    tensors = checkpoint_tensors(model, known)
+    split = shards(tensors)
+    total = sum(
+        _file_bytes({key: tensors[key] for key in keys})
+        for keys in split.filename_to_tensors.values()
+    )
+    return total + (len(shard_index(split).encode()) if split.is_sharded else 0)
+
+
+def _file_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
+    """Size of one safetensors file: 8 bytes, a JSON header padded to 8 bytes, the tensors."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for key in sorted(tensors, key=lambda key: (_ORDER.index(tensors[key].dtype), key)):
+        tensor = tensors[key]
+        start, end = end, end + math.prod(tensor.shape) * tensor.element_size()
+        entry = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape)}
+        header[key] = {**entry, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return 8 + -(-len(text) // 8) * 8 + end
