@@ -18,13 +18,21 @@ import transformers
 from torch import nn
 
 import llmq
-from llmq import demo, hf
+from llmq import demo, hf, plan as planning
 from llmq.calibrate import adds_bos, token_windows
-from llmq.errors import CalibrationError, FormatError, SchemeError, SourceError
+from llmq.errors import CalibrationError, FormatError, SchemeError
 from llmq.evaluate import Evaluation, evaluate as measure, protocol
 from llmq.output import staged_folder, writing
+from llmq.plan import Plan
 from llmq.progress import progress_bar
-from llmq.quantize import LayerReport, Recipe, check_groups, quantizable, quantize as run
+from llmq.quantize import (
+    LayerReport,
+    Recipe,
+    check_experts,
+    check_groups,
+    quantizable,
+    quantize as run,
+)
 from llmq.report import (
     bits_per_weight,
     expert_coverage,
@@ -40,11 +48,13 @@ from llmq.solvers.rtn import RTN
 from llmq.source import (
     check_path,
     context_length,
+    full_precision,
     map_by_block,
     open_config,
     open_model,
     open_tokenizer,
     pick_device,
+    source_headers,
 )
 from llmq.text import Source, describe
 
@@ -111,9 +121,7 @@ def quantize(
     recipe = Recipe(QuantScheme(bits, group_size, symmetric), solver, awq, tuple(skip), lm_head)
     with staged_folder(out) as folder:
         name = check_path(src)
-        config = open_config(name)
-        if getattr(config, "quantization_config", None):
-            raise SourceError(f"{name}: already quantized. Give the full-precision model.")
+        config = full_precision(open_config(name), name)
         tokenizer = open_tokenizer(name)
         where = pick_device(device)
         seq_len = _window_length(config, seq_len, 512)
@@ -133,6 +141,7 @@ def quantize(
         map_by_block(model, name)
         names = quantizable(model, lm_head)
         check_groups(names, recipe)
+        check_experts(model, recipe)
         if not any(recipe.scheme_for(n) for n in names):
             raise SchemeError(f"skip={list(skip)}: nothing is left to quantize.")
         batches = windows.split(max(1, _BATCH_TOKENS // seq_len))
@@ -164,6 +173,34 @@ def quantize(
         with writing(out):
             write_report(folder, report)
     return report
+
+
+def plan(
+    src: str | os.PathLike[str],
+    *,
+    bits: int = 4,
+    group_size: int = 128,
+    symmetric: bool = True,
+    lm_head: bool = False,
+    skip: Sequence[str] = (),
+    tensor_parallel: Sequence[int] = (1,),
+    out: str | os.PathLike[str] = ".",
+) -> Plan:
+    """What `quantize` would write and who would load it, before a weight is read.
+
+    Args:
+        src: folder or Hub name of a full-precision causal language model.
+        bits, group_size, symmetric, lm_head, skip: as for `quantize`.
+        tensor_parallel: numbers of GPUs that shall share the result.
+        out: where it shall be written; its disk is asked for room.
+
+    Raises:
+        LlmqError: see `llmq.errors`.
+    """
+    recipe = Recipe(QuantScheme(bits, group_size, symmetric), skip=tuple(skip), lm_head=lm_head)
+    name = check_path(src)
+    config = full_precision(open_config(name), name)
+    return planning.make(name, config, source_headers(name), recipe, ranks=tensor_parallel, out=out)
 
 
 def evaluate(

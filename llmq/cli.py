@@ -153,6 +153,63 @@ def quantize(
     _finish(report, as_json)
 
 
+@app.command(help=cli_help.PLAN)
+def plan(
+    src: Annotated[str, typer.Argument(help="Full-precision model: folder or Hub name.")],
+    bits: Annotated[int, typer.Option(help="8, 4, 3 or 2 bits per weight.")] = 4,
+    group_size: Annotated[
+        int, typer.Option(help="Weights that share a scale: 32, 64, 128; -1 = a whole row.")
+    ] = 128,
+    symmetric: Annotated[bool, typer.Option("--symmetric/--asymmetric")] = True,
+    lm_head: Annotated[bool, typer.Option("--lm-head/--no-lm-head")] = False,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Layers to leave as they are; repeatable."),
+    ] = None,
+    tensor_parallel: Annotated[
+        str, typer.Option(metavar="N,N...", help="GPUs that shall share the result.")
+    ] = "1,2,4,8",
+    out: Annotated[Path, typer.Option(help="Where it shall be written.")] = Path(),
+    as_json: AsJson = False,
+) -> None:
+    console = _start(as_json)
+    from llmq import api
+    from llmq.report import size, table
+
+    try:
+        ranks = [int(part) for part in tensor_parallel.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{tensor_parallel!r}: numbers, as in 1,2,4") from None
+    found = api.plan(
+        src,
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        lm_head=lm_head,
+        skip=skip or (),
+        tensor_parallel=ranks,
+        out=out,
+    )
+    rows = [
+        ("weights", f"{found.parameters:,}"),
+        ("matrices to quantize", f"{found.matrices} ({found.quantized_weights:,} weights)"),
+        ("bits per quantized weight", f"{found.bits_per_weight:.3f}"),
+        ("files now", size(found.source_bytes)),
+        ("files afterwards", f"{size(found.output_bytes)} ({found.output_bytes:,} bytes)"),
+    ]
+    console.print(table("", ["plan", ""], rows))
+    words = {True: "yes", False: "no", None: "?"}
+    rows = [(engine.name, words[engine.loads], engine.note) for engine in found.engines]
+    console.print(table("", ["engine", "loads it", "limits"], rows))
+    for problem in found.problems:
+        text = f"{problem.where}: {problem.what}. Use {problem.fix}."
+        style = "red" if problem.fatal else "yellow"
+        console.print(text, style=style, highlight=False, soft_wrap=True)
+    _finish(found.to_json(), as_json)
+    if any(problem.fatal for problem in found.problems):
+        raise typer.Exit(1)
+
+
 @app.command("eval", help=cli_help.EVAL)
 def evaluate(
     model: Annotated[str, typer.Argument(help="Quantized or not: folder or Hub name.")],

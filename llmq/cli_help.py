@@ -26,6 +26,16 @@ QUANTIZE = (
     "llmq quantize ./model ./out --bits 3 --group-size 32 --skip down_proj"
 )
 
+PLAN = (
+    "Say what quantizing would do, before it does it.\n\n"
+    "The size of the result (exact), which layers the group size does not fit, alone and shared "
+    "by several GPUs, which engines will load it, and what to do about each problem. Only "
+    "config.json and file headers are read: seconds for a model of any size. Status 1 if it "
+    "cannot be quantized like this.\n\n"
+    "[bold]Example[/bold]\n\n"
+    "llmq plan Qwen/Qwen3-8B --bits 4 --group-size 64 --tensor-parallel 1,2,4"
+)
+
 EVAL = (
     "Measure a model on a text.\n\n"
     "[bold]Perplexity[/bold] depends on the tokenizer and on the window length: compare only "

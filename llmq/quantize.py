@@ -36,7 +36,7 @@ from llmq.blocks import (
 )
 from llmq.errors import NonFiniteError, SchemeError
 from llmq.moments import second_moments, with_prior
-from llmq.nn import PackedExperts, PackedLinear
+from llmq.nn import STACKS, PackedExperts, PackedLinear, is_stacked_experts
 from llmq.scheme import QuantizedWeight, QuantScheme
 from llmq.solvers import Solver
 from llmq.solvers.awq import AWQ
@@ -132,6 +132,7 @@ def quantize(
         NonFiniteError: an activation is NaN or infinite.
     """
     check_groups(quantizable(model, recipe.lm_head), recipe)
+    check_experts(model, recipe)
     prefix, blocks = decoder_blocks(model)
     recording = record_calls(model, blocks, batches)
     probes = record_calls(model, blocks, [batches[0][:1, :PROBE]])
@@ -192,6 +193,22 @@ def check_groups(shapes: dict[str, tuple[int, int]], recipe: Recipe) -> None:
         f"Use group_size={' or '.join(map(str, [*fits, -1]))}, or skip these layers: "
         + " ".join(f"--skip '{end}'" for end in ends)
     )
+
+
+def check_experts(model: nn.Module, recipe: Recipe) -> None:
+    """Refuse to quantize one of an expert module's two stacks: they are packed together.
+
+    Raises:
+        SchemeError: names the module.
+    """
+    for name, module in model.named_modules():
+        if is_stacked_experts(module):
+            schemes = [recipe.scheme_for(f"{name}.{stack}") for stack in STACKS]
+            if any(schemes) and not all(schemes):
+                raise SchemeError(
+                    f"{name}: only one of {' and '.join(STACKS)} is skipped, but stacked experts "
+                    f"are packed together. Skip both (--skip '{name.split('.')[-1]}.*') or none."
+                )
 
 
 def _quantize_head(

@@ -105,7 +105,7 @@ def inspect_checkpoint(folder: Path) -> list[StoredLayer]:
     """
     from llmq.formats.compressed_tensors import parse_config
 
-    headers = _tensor_headers(folder)
+    headers = tensor_headers(folder)
     config = _read_json(folder / "config.json").get("quantization_config")
     schemes = parse_config(config) if config else None
     report = read_report(folder) or {}
@@ -209,7 +209,7 @@ def _error_key(name: str, expert: int | None = None) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class _Header:
+class Header:
     """What a safetensors file says of one tensor; `value` only of a packed matrix's shape."""
 
     dtype: str
@@ -218,7 +218,13 @@ class _Header:
     value: tuple[int, ...] = ()
 
 
-def _tensor_headers(folder: Path) -> dict[str, _Header]:
+def tensor_headers(folder: Path) -> dict[str, Header]:
+    """Dtype and shape of every tensor in a folder of safetensors; no weight is read.
+
+    Raises:
+        SourceError: not a folder with config.json and safetensors files.
+        FormatError: a file that is not what it claims to be.
+    """
     files = sorted(folder.glob("*.safetensors"))
     if not files or not (folder / "config.json").is_file():
         raise SourceError(f"{folder}: not a folder with config.json and *.safetensors.")
@@ -242,7 +248,7 @@ def _tensor_headers(folder: Path) -> dict[str, _Header]:
                     code = f"<{count}{_INTEGERS[entry['dtype']]}"
                     value = struct.unpack(code, stream.read(stop - start))
                 shape = tuple(entry["shape"])
-                tensors[name] = _Header(entry["dtype"], shape, stop - start, value)
+                tensors[name] = Header(entry["dtype"], shape, stop - start, value)
     return tensors
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import get_safetensors_metadata
+from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
@@ -16,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from llmq import hf
 from llmq.blocks import decoder_blocks
 from llmq.errors import BackendError, NonFiniteError, SourceError
+from llmq.report import Header, tensor_headers
 
 _CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
@@ -59,6 +62,37 @@ def open_config(src: str) -> Any:
             "AutoModelForCausalLM loads."
         )
     return config
+
+
+def full_precision(config: Any, src: str) -> Any:
+    """`config`, if its model is not quantized.
+
+    Raises:
+        SourceError: it is.
+    """
+    if getattr(config, "quantization_config", None):
+        raise SourceError(f"{src}: already quantized. Give the full-precision model.")
+    return config
+
+
+def source_headers(src: str) -> dict[str, Header]:
+    """Dtype and shape of every tensor of a checkpoint; no weight is read or downloaded.
+
+    Raises:
+        SourceError: not found, or not in safetensors.
+        FormatError: a damaged file.
+    """
+    if Path(src).is_dir():
+        return tensor_headers(Path(src))
+    try:
+        found = get_safetensors_metadata(src)
+    except (HfHubHTTPError, NotASafetensorsRepoError, ValueError, OSError) as error:
+        raise SourceError(f"{src}: headers cannot be read: {_first_line(error)}") from error
+    return {
+        key: Header(info.dtype, tuple(info.shape), info.data_offsets[1] - info.data_offsets[0])
+        for file in found.files_metadata.values()
+        for key, info in file.tensors.items()
+    }
 
 
 def open_tokenizer(src: str) -> Any:

@@ -13,7 +13,7 @@ import torch
 from conftest import QUICK
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, T5Config
-from zoo import tiny_tokenizer
+from zoo import save_tiny, tiny_tokenizer
 
 from llmq import api
 
@@ -184,3 +184,9 @@ def test_eval_and_generate_name_their_mistakes(run, model, text, tmp_path) -> No
         status, _, stderr = run(*arguments)
         assert (status, stderr.count("\n")) == (1, 1)
         assert message in stderr
+
+
+def test_half_of_the_experts_cannot_be_skipped(refused, text, tmp_path) -> None:
+    save_tiny("mixtral", tmp_path / "model")
+    line = refused(tmp_path / "model", "--calibration", text, "--skip", "down_proj")
+    assert "Skip both (--skip 'experts.*') or none" in line

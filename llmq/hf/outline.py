@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmq.hf.quantizer import attach
-from llmq.hf.saving import checkpoint_tensors, shard_index, shards
+from llmq.hf.saving import SHARD_SIZE, checkpoint_tensors, shard_index, shards
 from llmq.hf.skeleton import out_in, put
 from llmq.nn import STACKS, PackedExperts, PackedLinear, is_stacked_experts
 from llmq.scheme import QuantScheme
@@ -67,14 +67,14 @@ def pack_outline(model: PreTrainedModel, schemes: Mapping[str, QuantScheme]) -> 
     attach(model)
 
 
-def stored_bytes(model: nn.Module, known: set[str]) -> int:
+def stored_bytes(model: nn.Module, known: set[str], max_shard_size: int | str = SHARD_SIZE) -> int:
     """Size of all files of weights that saving `model` (packed, on meta) would write, in bytes.
 
     Args:
         known: keys of the original checkpoint.
     """
     tensors = checkpoint_tensors(model, known)
-    split = shards(tensors)
+    split = shards(tensors, max_shard_size)
     total = sum(
         _file_bytes({key: tensors[key] for key in keys})
         for keys in split.filename_to_tensors.values()

@@ -161,9 +161,7 @@ def _keys(folder: Path) -> set[str]:
     return keys
 
 
-def shards(
-    tensors: Mapping[str, Tensor], max_shard_size: int | str = SHARD_SIZE
-) -> StateDictSplit:
+def shards(tensors: Mapping[str, Tensor], max_shard_size: int | str = SHARD_SIZE) -> StateDictSplit:
     """Which file each tensor goes to."""
     return split_state_dict_into_shards_factory(
         dict(tensors),
