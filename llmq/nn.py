@@ -333,7 +333,7 @@ def prepare(model: nn.Module, backend: str | None = None) -> nn.Module:
         module.prepare(backend)
         layer = module if isinstance(module, PackedLinear) else module.expert(0)[0]
         if backend is None and backends.choose(layer) == backends.TORCH:
-            slow[backends.BACKENDS[0].why_not(layer) or ""] += 1
+            slow[backends.why_plain(layer)] += 1
     if slow:
         reason, _ = slow.most_common(1)[0]
         logger.warning("%d packed modules run on plain torch: %s", slow.total(), reason)
