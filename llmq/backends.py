@@ -12,7 +12,7 @@ A backend may keep tensors of its own (a repacked weight) in `layer.prepared`: m
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -225,10 +225,27 @@ class Triton:
         scheme, dtype = layer.scheme, layer.weight_scale.dtype
         return self.check(device, scheme.bits, scheme.group_size, scheme.symmetric, dtype)
 
-    def prepare(self, layer: Layer) -> tuple[Tensor, ...]:
+    def why_not_stacked(self, layer: Layer) -> str | None:
+        """`why_not` of stacked experts such as `layer`, for `stack` and `matmul_stacked`."""
+        if layer.in_features % 8:
+            return f"in_features={layer.in_features} is not divisible by 8."
+        return self.why_not(layer)
+
+    def stack(self, layers: Sequence[Layer]) -> layout.PackedWeight:
+        """Experts of one shape and scheme, repacked for `matmul_stacked`; biases are left out."""
+        return layout.stack([self._pack(layer) for layer in layers])
+
+    def matmul_stacked(self, x: Tensor, stacked: layout.PackedWeight, chosen: Tensor) -> Tensor:
+        """x (T, K), or (T * top_k, K), through the experts chosen (T, top_k): (T * top_k, N)."""
+        return ops.linear_experts(x, stacked, chosen)
+
+    def _pack(self, layer: Layer) -> layout.PackedWeight:
         q, scheme = layer.quantized(), layer.scheme
         zero = None if scheme.symmetric else q.zero
-        w = layout.pack(q.codes, q.scale, zero, bits=scheme.bits, group_size=scheme.group_size)
+        return layout.pack(q.codes, q.scale, zero, bits=scheme.bits, group_size=scheme.group_size)
+
+    def prepare(self, layer: Layer) -> tuple[Tensor, ...]:
+        w = self._pack(layer)
         tensors = (w.qweight, w.scale, w.counters)
         return tensors if w.zero is None else (*tensors, w.zero)
 
