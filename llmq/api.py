@@ -264,7 +264,7 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
 
     Args:
         path: folder or Hub name, quantized by llmq or any tool that writes compressed-tensors.
-        **kwargs: passed on to `from_pretrained`.
+        **kwargs: passed on to `hf.load` (`backend`, `fuse`, `head_bits`) and `from_pretrained`.
     """
     return hf.load(check_path(path), **kwargs)
 

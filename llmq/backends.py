@@ -1,8 +1,8 @@
 """How a packed matrix is multiplied: an ordered tuple of backends, one chosen per layer at load.
 
-    BACKENDS    in order of preference; `TORCH` runs everything everywhere, so what stands behind
-                it is chosen only by name
+    BACKENDS    in order of preference; the last, `TORCH`, runs everything everywhere
     choose      the first backend that can run a layer, or the one the user named
+    why_plain   why a layer was left to `TORCH`
     dequantize  the dense matrix, in cache-sized slabs
 
 A backend may keep tensors of its own (a repacked weight) in `layer.prepared`: made once, in
@@ -12,6 +12,7 @@ A backend may keep tensors of its own (a repacked weight) in `layer.prepared`: m
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,7 +23,7 @@ from torch.nn import functional as F
 from llmq.errors import BackendError
 from llmq.formats.compressed_tensors import unpack_bits
 from llmq.scheme import QuantizedWeight, QuantScheme
-from llmq_kernels import layout, ops
+from llmq_kernels import layout, ops, selfcheck
 
 # Weights per slab of `dequantize`: its float32 work space stays in the last-level cache.
 SLAB = 2**20
@@ -191,10 +192,13 @@ class Triton:
     """The kernels of `llmq_kernels` (their README has layout and contract), for NVIDIA GPUs.
 
     bfloat16 and float16 activations; many rows are dequantized in slabs and multiplied densely.
+    Before the first layer of each format, `check` runs a tiny problem through the kernels: where
+    they do not compile or do not compute what the reference does, `why_not` says so.
     """
 
     name: str = "triton"
     min_capability: tuple[int, int] = (8, 0)
+    check: Callable[[torch.device, int, int, bool, torch.dtype], str | None] = selfcheck.failure
 
     def why_not(self, layer: Layer) -> str | None:
         device = layer.weight_packed.device
@@ -218,12 +222,30 @@ class Triton:
                 f"the model is in {str(layer.weight_scale.dtype).removeprefix('torch.')} and the "
                 "kernels compute in bfloat16 or float16; load it with dtype=torch.bfloat16."
             )
-        return None
+        scheme, dtype = layer.scheme, layer.weight_scale.dtype
+        return self.check(device, scheme.bits, scheme.group_size, scheme.symmetric, dtype)
 
-    def prepare(self, layer: Layer) -> tuple[Tensor, ...]:
+    def why_not_stacked(self, layer: Layer) -> str | None:
+        """`why_not` of stacked experts such as `layer`, for `stack` and `matmul_stacked`."""
+        if layer.in_features % 8:
+            return f"in_features={layer.in_features} is not divisible by 8."
+        return self.why_not(layer)
+
+    def stack(self, layers: Sequence[Layer]) -> layout.PackedWeight:
+        """Experts of one shape and scheme, repacked for `matmul_stacked`; biases are left out."""
+        return layout.stack([self._pack(layer) for layer in layers])
+
+    def matmul_stacked(self, x: Tensor, stacked: layout.PackedWeight, chosen: Tensor) -> Tensor:
+        """x (T, K), or (T * top_k, K), through the experts chosen (T, top_k): (T * top_k, N)."""
+        return ops.linear_experts(x, stacked, chosen)
+
+    def _pack(self, layer: Layer) -> layout.PackedWeight:
         q, scheme = layer.quantized(), layer.scheme
         zero = None if scheme.symmetric else q.zero
-        w = layout.pack(q.codes, q.scale, zero, bits=scheme.bits, group_size=scheme.group_size)
+        return layout.pack(q.codes, q.scale, zero, bits=scheme.bits, group_size=scheme.group_size)
+
+    def prepare(self, layer: Layer) -> tuple[Tensor, ...]:
+        w = self._pack(layer)
         tensors = (w.qweight, w.scale, w.counters)
         return tensors if w.zero is None else (*tensors, w.zero)
 
@@ -245,21 +267,27 @@ class Triton:
 TORCH = Torch()
 CPU_INT4 = CpuInt4()
 TRITON = Triton()
-# The Triton kernels move to the front once they have been run and measured on a GPU.
-BACKENDS: tuple[Backend, ...] = (CPU_INT4, TORCH, TRITON)
+BACKENDS: tuple[Backend, ...] = (TRITON, CPU_INT4, TORCH)
 
 
-def choose(layer: Layer, name: str | None = None) -> Backend:
-    """The first backend of `BACKENDS` that can run `layer`, or the one called `name`.
+def choose(layer: Layer, name: str | None = None, among: tuple[Backend, ...] = BACKENDS) -> Backend:
+    """The first backend of `among` that can run `layer`, or the one called `name`.
 
     Raises:
         BackendError: `name` is unknown or cannot run this layer.
     """
     if name is None:
-        return next(backend for backend in BACKENDS if backend.why_not(layer) is None)
-    named = {backend.name: backend for backend in BACKENDS}
+        return next(backend for backend in among if backend.why_not(layer) is None)
+    named = {backend.name: backend for backend in among}
     if name not in named:
         raise BackendError(f"backend={name!r}: use one of {', '.join(named)}.")
     if reason := named[name].why_not(layer):
         raise BackendError(f"backend={name!r}: {reason}")
     return named[name]
+
+
+def why_plain(layer: Layer, among: tuple[Backend, ...] = BACKENDS) -> str:
+    """What the faster backend for this layer's device has against it."""
+    on_gpu = layer.weight_packed.device.type == "cuda"
+    fast = next(b for b in among if (b.name == TRITON.name) == on_gpu)
+    return fast.why_not(layer) or ""

@@ -1,6 +1,7 @@
 """Fewer, larger multiplications for decoding.
 
     fuse_shared_inputs   q, k, v (or gate, up) read one tensor: multiply once, hand out slices
+    fuse_on_gpu          the same, if the Triton kernels run the model
     pack_head            the output layer rounded to nearest, even where it is tied to the embedding
 
 Batch-1 decoding reads every weight once per token, so that the fixed cost of a call weighs as
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq import backends
-from llmq.nn import PackedLinear
+from llmq.nn import PackedLinear, packed_modules
 from llmq.scheme import QuantScheme
 
 
@@ -81,6 +82,20 @@ def fuse_shared_inputs(model: nn.Module, *args: object, **kwargs: object) -> int
     return len(groups)
 
 
+def fuse_on_gpu(model: nn.Module) -> int:
+    """`fuse_shared_inputs` of a language model of transformers that the Triton kernels run.
+
+    Returns:
+        the number of fused groups; 0 if no layer runs on those kernels.
+    """
+    layers = [module for _, module in packed_modules(model) if isinstance(module, PackedLinear)]
+    found = next((layer for layer in layers if layer.backend == backends.TRITON), None)
+    if found is None:
+        return 0
+    ids = torch.zeros(1, 1, dtype=torch.long, device=found.weight_packed.device)
+    return fuse_shared_inputs(model, input_ids=ids)
+
+
 def _readers(
     model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> list[list[PackedLinear]]:
@@ -126,7 +141,8 @@ def _fusable(group: list[PackedLinear]) -> bool:
         for layer in group
     )
     distinct = len({id(layer) for layer in group}) == len(group)
-    return len(group) > 1 and len(kinds) == 1 and whole and distinct
+    here = not any(layer.weight_packed.is_meta for layer in group)  # offloaded layers are on meta
+    return len(group) > 1 and len(kinds) == 1 and whole and distinct and here
 
 
 def _fuse(group: list[PackedLinear]) -> None:
@@ -144,7 +160,7 @@ def _fuse(group: list[PackedLinear]) -> None:
         rows = [tensor.shape[0] for tensor in tensors]
         for layer, view in zip(group, stacked.split(rows), strict=True):
             setattr(layer, name, nn.Parameter(view, requires_grad=False))
-    fused.prepare(first.backend.name)
+    fused.backend, fused.prepared = first.backend, first.backend.prepare(fused)
     shared = SharedInput(fused, sizes)
     for index, layer in enumerate(group):
         layer.backend, layer.prepared = Part(shared, index), ()
@@ -153,18 +169,20 @@ def _fuse(group: list[PackedLinear]) -> None:
 def pack_head(model: nn.Module, scheme: QuantScheme | None = None) -> None:
     """Replace, in place, the output layer by its 8-bit (default) round-to-nearest version.
 
-    A tied embedding keeps its own full-precision weight. The change is for decoding only: a
-    tied model saved afterwards would not load.
+    A tied embedding keeps its own full-precision weight; `hf.attach` makes such a model one that
+    can be saved.
 
     Args:
         model: has `get_output_embeddings` and `set_output_embeddings`, as transformers' do.
-        scheme: default 8 bits, symmetric, the largest group that divides the width.
+        scheme: default `head_scheme` of 8 bits.
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
-    K = head.weight.shape[1]
-    if scheme is None:
-        width = next((size for size in (128, 64, 32) if K % size == 0), -1)
-        scheme = QuantScheme(8, width, symmetric=True)
-    packed = PackedLinear.from_linear(head, scheme)
+    packed = PackedLinear.from_linear(head, scheme or head_scheme(head.weight.shape[1]))
     packed.prepare()
     model.set_output_embeddings(packed)  # type: ignore[operator]
+
+
+def head_scheme(in_features: int, bits: int = 8) -> QuantScheme:
+    """Symmetric, in the largest group that divides the width; below 8 bits the smallest."""
+    sizes = (128, 64, 32) if bits == 8 else (32,)
+    return QuantScheme(bits, next((s for s in sizes if in_features % s == 0), -1), symmetric=True)

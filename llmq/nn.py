@@ -24,6 +24,7 @@ from llmq.errors import SchemeError
 from llmq.formats import compressed_tensors
 from llmq.formats.compressed_tensors import words
 from llmq.scheme import QuantizedWeight, QuantScheme, grouped, minmax_grid, round_to_grid
+from llmq_kernels.layout import PackedWeight
 
 logger = logging.getLogger(__name__)
 
@@ -209,6 +210,7 @@ class PackedExperts(nn.Module):
         self.apply_gate = without_parameters(experts)._apply_gate
         self.wanted: str | None = backends.TORCH.name
         self._experts: list[tuple[PackedLinear, PackedLinear]] | None = None
+        self._stacked: tuple[PackedWeight, PackedWeight] | None = None
         for name, scheme in self.schemes.items():
             N, K = self.shapes[name]
             one = PackedLinear(scheme, K, N, self.has_bias, dtype or stack.dtype, "meta")
@@ -267,17 +269,47 @@ class PackedExperts(nn.Module):
         return layer
 
     def prepare(self, backend: str | None = None) -> None:
-        """Choose a backend for every expert (see `PackedLinear.prepare`)."""
-        self.wanted, self._experts = backend, None
+        """Choose a backend for all experts (see `PackedLinear.prepare`).
+
+        The Triton kernels multiply by all chosen experts of a stack in one launch.
+        """
+        self.wanted, self._experts, self._stacked = backend, None, None
         if any(parameter.is_meta for parameter in self.parameters()):
             return  # offloaded: what is on meta now is replaced before every call
         experts = [self.expert(index) for index in range(self.num_experts)]
+        triton = backends.TRITON
+        refused = any(triton.why_not_stacked(layer) for layer in experts[0])
+        if backend in (None, triton.name) and not refused:
+            self.stack_experts(experts)
+            return
         for layer in (layer for pair in experts for layer in pair):
             layer.prepare(backend)
         self._experts = experts
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Route each token (T, H) through its experts (T, top_k), weighted (T, top_k)."""
+        tokens, top_k = top_k_index.shape
+        if self._stacked is not None:
+            x = self._all_chosen(hidden_states, 0, top_k_index)
+            outputs = self._all_chosen(self.apply_gate(x), 1, top_k_index)
+        else:
+            outputs = self._one_by_one(hidden_states, top_k_index)
+        weighted = outputs * top_k_weights.reshape(-1, 1)
+        return weighted.unflatten(0, (tokens, top_k)).sum(1).to(hidden_states.dtype)
+
+    def stack_experts(self, experts: Sequence[tuple[PackedLinear, PackedLinear]]) -> None:
+        """Repack all experts, (gate_up, down) each, for `Triton.matmul_stacked`."""
+        gate_up, down = (backends.TRITON.stack(layers) for layers in zip(*experts, strict=True))
+        self._stacked = gate_up, down
+
+    def _all_chosen(self, x: Tensor, stack: int, chosen: Tensor) -> Tensor:
+        """x through the experts chosen (T, top_k), in one launch: (T * top_k, N)."""
+        assert self._stacked is not None
+        y = backends.TRITON.matmul_stacked(x, self._stacked[stack], chosen)
+        return y + getattr(self, f"{STACKS[stack]}_bias")[chosen.flatten()] if self.has_bias else y
+
+    def _one_by_one(self, hidden_states: Tensor, top_k_index: Tensor) -> Tensor:
+        """Each chosen expert's output for each token (T * top_k, H)."""
         tokens, top_k = top_k_index.shape
         chosen = top_k_index.flatten()  # (S,), S = T * top_k
         order = chosen.argsort(stable=True)
@@ -288,12 +320,11 @@ class PackedExperts(nn.Module):
                 gate_up, down = self._experts[index] if self._experts else self.expert(index)
                 x = hidden_states[rows // top_k]
                 outputs[rows] = down(self.apply_gate(gate_up(x)))
-        weighted = outputs * top_k_weights.reshape(-1, 1)
-        return weighted.view(tokens, top_k, -1).sum(1).to(hidden_states.dtype)
+        return outputs
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedExperts:
         super()._apply(fn, recurse)
-        if self._experts is not None:
+        if self._experts or self._stacked:
             self.prepare(self.wanted)
         return self
 
@@ -333,7 +364,7 @@ def prepare(model: nn.Module, backend: str | None = None) -> nn.Module:
         module.prepare(backend)
         layer = module if isinstance(module, PackedLinear) else module.expert(0)[0]
         if backend is None and backends.choose(layer) == backends.TORCH:
-            slow[backends.BACKENDS[0].why_not(layer) or ""] += 1
+            slow[backends.why_plain(layer)] += 1
     if slow:
         reason, _ = slow.most_common(1)[0]
         logger.warning("%d packed modules run on plain torch: %s", slow.total(), reason)

@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from llmq import hf
 from llmq.blocks import decoder_blocks
 from llmq.errors import BackendError, NonFiniteError, SourceError
+from llmq.fuse import fuse_on_gpu
 from llmq.report import Header, tensor_headers
 
 _CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
@@ -129,7 +130,9 @@ def open_model(src: str, device: str = "cpu") -> PreTrainedModel:
             f"{src}: {name} has shape {tuple(found)}, but config.json says {tuple(expected)}."
         )
     check_finite(model)
-    return model.to(device).eval()
+    model.to(device).eval()
+    fuse_on_gpu(model)  # moving the model undid it
+    return model
 
 
 def map_by_block(model: PreTrainedModel, src: str) -> None:

@@ -1,6 +1,6 @@
 """Every case of the fused and the dequantizing kernel, run by Triton's interpreter.
 
-    TRITON_INTERPRET=1 python tests/kernels_cases.py default|full|experts [name ...]
+    TRITON_INTERPRET=1 python tests/kernels_cases.py default|full|experts|selfcheck [name ...]
 
 The interpreter is chosen when triton is imported, hence a process of its own (see
 test_kernels_interpreter.py). One JSON object per case on standard output. Triton's interpreter
@@ -175,6 +175,31 @@ def run_experts(name: str) -> dict:
     }
 
 
+def run_selfcheck() -> dict:
+    """The check of a new device, with the launches that an H200 would get."""
+    import torch
+
+    from llmq_kernels import launch, ops, plan, selfcheck
+
+    gpu = plan.Gpu("unknown", (9, 0), 132)
+
+    def linear(x, weight, bias):
+        N, K = weight.shape
+        chosen = plan.choose(gpu, weight.bits, weight.group_size, N, K, len(x))
+        if chosen is None:
+            return ops.dense(x, weight, bias)
+        return launch.linear(x, weight, bias, chosen)
+
+    def linear_experts(x, weight, chosen):
+        N, K = weight.shape
+        grouped = plan.closed_form(gpu, weight.bits, weight.group_size, N, K, 3)
+        return launch.linear_experts(x, weight, chosen, grouped)
+
+    device = torch.device("cpu")
+    reason = selfcheck.examine(device, 4, 32, False, torch.float16, linear, linear_experts)
+    return {"name": "selfcheck", "reason": reason}
+
+
 def distance(a, exact) -> float:
     """Relative Frobenius error; NaN if `a` has one."""
     return ((a.double() - exact).norm() / exact.norm()).item()
@@ -204,6 +229,9 @@ def main() -> None:
     if sys.argv[1] == "experts":
         for name in sys.argv[2:] or ("experts", "experts-split"):
             print(json.dumps(run_experts(name)), flush=True)  # noqa: T201
+        return
+    if sys.argv[1] == "selfcheck":
+        print(json.dumps(run_selfcheck()))  # noqa: T201
         return
     cases = full() if sys.argv[1] == "full" else [*formats(), *shapes()]
     for case in cases:

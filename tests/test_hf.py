@@ -262,6 +262,36 @@ def test_a_quantized_head_tied_or_not(name, tmp_path):
     assert_same_tensors(tensors(saved), tensors(tmp_path / "b"))
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])  # untied, tied
+def test_a_head_rounded_while_loading_can_be_saved(name, bits, tmp_path):
+    saved = hf.save(packed(name), tmp_path / "a")
+    model = hf.load(saved, head_bits=bits)
+    head = model.get_output_embeddings()
+    assert isinstance(head, PackedLinear)
+    assert head.scheme.bits == bits
+    plain = logits(hf.load(saved))
+    assert 0 < (logits(model) - plain).norm() < (0.02 if bits == 8 else 0.3) * plain.norm()
+    again = hf.load(hf.save(model, tmp_path / "b"))
+    assert torch.equal(logits(again), logits(model))
+    with pytest.raises(SchemeError, match="bits=5"):
+        hf.load(saved, head_bits=5)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "gpt2"])
+def test_a_model_fused_while_loading_is_saved_as_it_was(name, tmp_path):
+    saved = hf.save(packed(name), tmp_path / "a")
+    model = hf.load(saved, fuse=True)
+    fused = [n for n, m in packed_modules(model) if "fused" in str(m)]
+    assert len(fused) == {"llama": 10, "mixtral": 6, "gpt2": 0}[name]
+    plain = logits(hf.load(saved))
+    assert (logits(model) - plain).norm() <= 1e-2 * plain.norm()
+    assert_same_tensors(tensors(saved), tensors(hf.save(model, tmp_path / "b")))
+    model.save_pretrained(tmp_path / "c")
+    assert_same_tensors(tensors(saved), tensors(tmp_path / "c"))
+    assert torch.equal(logits(hf.load(tmp_path / "c")), plain)
+
+
 def groups(config: dict) -> list[dict]:
     return list(config["quantization_config"]["config_groups"].values())
 

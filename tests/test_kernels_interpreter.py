@@ -63,6 +63,12 @@ def test_grouped_kernel_in_the_interpreter(name: str) -> None:
 
 
 @pytest.mark.slow
+def test_the_check_of_a_new_device_accepts_the_kernels() -> None:
+    (row,) = interpret("selfcheck")
+    assert row["reason"] is None
+
+
+@pytest.mark.slow
 def test_every_format_and_launch_in_the_interpreter() -> None:
     for row in [*interpret("default"), *interpret("full")]:
         judge(row)

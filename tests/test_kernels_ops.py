@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -174,63 +172,3 @@ def test_many_rows_and_odd_widths_go_to_the_dense_product() -> None:
     assert plan.choose(H200, 4, 128, 4096, 4096, 2048) is None
     assert plan.choose(H200, 4, -1, 4096, 4099, 1) is None
     assert plan.choose(H200, 4, 128, 4096, 4096, 1) is not None
-
-
-def evaluate_ptx(text: str, inputs: dict[str, int]) -> dict[str, int]:
-    """Run straight-line PTX of the five instructions that the unpacking uses."""
-    registers = dict(inputs)
-
-    def value(name: str) -> int:
-        return registers[name] if name in registers else int(name, 0)
-
-    for line in text.strip("{}\n").split("\n"):
-        name, _, rest = line.rstrip(";").partition(" ")
-        operands = [o.strip(" {}") for o in rest.split(",")]
-        if name == ".reg":
-            continue
-        if name == "shr.u32":
-            registers[operands[0]] = value(operands[1]) >> value(operands[2])
-        elif name == "shl.b32":
-            registers[operands[0]] = value(operands[1]) << value(operands[2]) & 0xFFFFFFFF
-        elif name == "lop3.b32":
-            a, b, c, table = (value(o) for o in operands[1:])
-            assert table == 0xEA
-            registers[operands[0]] = a & b | c
-        else:
-            assert name == "mov.b32"
-            word = value(operands[2])
-            registers[operands[0]], registers[operands[1]] = word & 0xFFFF, word >> 16
-    return {k: v for k, v in registers.items() if re.fullmatch(r"\$[0-7]", k)}
-
-
-@pytest.mark.parametrize("bf16", [True, False])
-@pytest.mark.parametrize("bits", layout.BITS)
-def test_assembly_unpacks_what_the_layout_packs(bits: int, bf16: bool) -> None:
-    """The inline assembly, run instruction by instruction on words made by `pack_codes`."""
-    from llmq_kernels.unpack import unpack_ptx
-
-    codes = torch.randint(0, 2**bits, (64, plan.unit(bits)), dtype=torch.uint8)
-    words = layout.pack_codes(codes, bits).flatten()
-    chunks = plan.unit(bits) // 64
-    magic = 0x4300 if bf16 else 0x6400
-    for lane in range(0, 128, 7):  # m16, r, c
-        m16, r, c = lane // 32, lane // 4 % 8, lane % 4
-        for word in range(4):
-            first = int(words[lane * 4 + word]) & 0xFFFFFFFF
-            second = 0
-            if bits == 8:
-                second = int(words[512 + lane * 4 + word]) & 0xFFFFFFFF
-            elif bits == 3:
-                second = (int(words[512 + lane * 2 + word // 2]) & 0xFFFFFFFF) >> 8 * (word % 2)
-            for chunk in range(chunks):
-                found = evaluate_ptx(unpack_ptx(bits, bf16, chunk), {"$8": first, "$9": second})
-                for output in range(8):
-                    h2, half, e = output // 4, output // 2 % 2, output % 2
-                    n = m16 * 16 + half * 8 + r
-                    k = (word * chunks + chunk) * 16 + h2 * 8 + c * 2 + e
-                    code = int(codes[n, k])
-                    if bits == 8 and bf16:
-                        top = evaluate_ptx(unpack_ptx(8, True, 1), {"$8": first, "$9": second})
-                        assert top[f"${output}"] == magic | (code & 128)
-                        code &= 127
-                    assert found[f"${output}"] == magic | code

@@ -1,6 +1,7 @@
 """Packed modules: exact round trips, and experts against transformers' own module."""
 
 import copy
+import dataclasses
 import io
 from typing import Any
 
@@ -151,6 +152,32 @@ def test_packed_experts_equal_the_stock_module(name, scheme):
     assert not any(p.requires_grad for p in packed.parameters())
 
 
+@pytest.mark.parametrize("scheme", [QuantScheme(4, 32, False), QuantScheme(3, 64, True)], ids=str)
+@pytest.mark.parametrize("name", MOE)
+def test_experts_multiplied_together_equal_experts_one_by_one(name, scheme):
+    """The path of the Triton kernels, whose operators compute their reference on a CPU."""
+    _, _, experts = experts_of(name)
+    packed, _ = quantize_experts(experts, scheme)
+    x, chosen, weights = routing(experts)
+    one_by_one = packed(x, chosen, weights)
+    packed.stack_experts([packed.expert(e) for e in range(packed.num_experts)])
+    together = packed(x, chosen, weights)
+    assert (together - one_by_one).norm() <= 1e-6 * one_by_one.norm()
+    assert packed(x[:0], chosen[:0], weights[:0]).shape == (0, x.shape[1])
+    compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")  # nothing waits for rows
+    assert torch.equal(compiled(x, chosen, weights), together)
+    packed.to(torch.float32)  # chooses again: no GPU here
+    assert torch.equal(packed(x, chosen, weights), one_by_one)
+
+
+def test_why_experts_are_not_multiplied_together():
+    triton = dataclasses.replace(backends.TRITON, check=lambda *format: None)
+    layer = PackedLinear(QuantScheme(4, -1), 20, 64, device="meta")
+    assert triton.why_not_stacked(layer) == "in_features=20 is not divisible by 8."
+    layer = PackedLinear(QuantScheme(4, -1), 24, 64, device="meta")
+    assert "not on a CUDA GPU" in (triton.why_not_stacked(layer) or "")
+
+
 @pytest.mark.parametrize("name", MOE)
 def test_a_loader_fills_meta_experts(name):
     _, _, experts = experts_of(name)
@@ -243,6 +270,41 @@ def test_fusing_changes_neither_results_nor_parameters(name, scheme, groups, dty
         assert not any("fused" in str(module) for _, module in packed_modules(model))
 
 
+@pytest.mark.parametrize(("name", "groups"), [("llama", 4), ("mixtral", 2), ("phi3", 0)])
+def test_layers_of_the_triton_kernels_are_fused(name, groups):
+    model: Any = pack_linears(tiny_model(name, torch.bfloat16), QuantScheme(4, 32, False))
+    ids = tiny_ids(1, 5)
+    assert fuse.fuse_on_gpu(model) == 0  # none runs on them here
+    for _, layer in packed_modules(model):
+        if isinstance(layer, PackedLinear):  # their operators run everywhere
+            layer.backend, layer.prepared = backends.TRITON, backends.TRITON.prepare(layer)
+    with torch.no_grad():
+        before = model(ids).logits
+        assert fuse.fuse_on_gpu(model) == groups
+        after = model(ids).logits
+    assert (before - after).norm() <= 2e-2 * before.norm()
+    fused = [m for _, m in packed_modules(model) if "fused" in str(m)]
+    assert len(fused) == {"llama": 10, "mixtral": 6, "phi3": 0}[name]
+    assert not any(m.prepared for m in fused)  # the repacked weight is held once
+
+
+def test_offloaded_layers_are_left_alone():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = (PackedLinear.from_linear(linear(), QuantScheme(4, 32)) for _ in "ab")
+            self.b.weight_packed = nn.Parameter(self.b.weight_packed.to("meta"), False)
+            self.a.weight_packed = nn.Parameter(self.a.weight_packed.to("meta"), False)
+
+        def forward(self, x):
+            for hook in self.a._forward_pre_hooks.values():
+                hook(self.a, (x,))
+            for hook in self.b._forward_pre_hooks.values():
+                hook(self.b, (x,))
+
+    assert fuse.fuse_shared_inputs(Pair(), torch.randn(3, 128)) == 0
+
+
 def test_a_fused_layer_called_alone_is_still_right():
     a, b = (PackedLinear.from_linear(linear(), QuantScheme(4, 32)) for _ in range(2))
 
@@ -273,3 +335,11 @@ def test_quantized_head_of_a_tied_model_leaves_the_embedding():
     assert isinstance(model.get_output_embeddings(), PackedLinear)
     assert torch.equal(model.get_input_embeddings().weight, embedding)
     assert 0 < (before - after).norm() <= 0.02 * before.norm()
+
+
+@pytest.mark.parametrize(
+    ("width", "bits", "group"),
+    [(256, 8, 128), (192, 8, 64), (80, 8, -1), (256, 4, 32), (40, 4, -1)],
+)
+def test_scheme_of_the_head(width, bits, group):
+    assert fuse.head_scheme(width, bits) == QuantScheme(bits, group, True)

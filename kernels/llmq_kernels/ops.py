@@ -118,12 +118,13 @@ def _linear_experts(
     chosen: Tensor, bits: int, group_size: int, N: int,
 ) -> Tensor:  # fmt: skip
     weight = _weight(qweight, scale, zero, counters, bits, group_size, N, x.shape[1])
-    if x.device.type != "cuda" or x.dtype not in FUSED_DTYPES or not plans.fits(x.shape[1]):
+    pairs, experts = chosen.numel(), qweight.shape[0]
+    fused = x.dtype in FUSED_DTYPES and plans.fits(x.shape[1]) and pairs > 0
+    if x.device.type != "cuda" or not fused:
         return reference.linear_experts(x, weight, chosen)
     from . import launch
 
-    pairs, experts = chosen.numel(), qweight.shape[0]
-    rows = max(1, pairs // min(pairs, experts)) if pairs else 1
+    rows = max(1, pairs // min(pairs, experts))
     plan = plans.closed_form(gpu(x.device), bits, group_size, N, x.shape[1], min(rows, 64))
     with torch.cuda.device(x.device):
         return launch.linear_experts(x.contiguous(), weight, chosen, plan)

@@ -54,7 +54,7 @@ def linear_experts(x: Tensor, weight: PackedWeight, chosen: Tensor) -> Tensor:
         (T * top_k, N) in x's dtype.
     """
     pairs = chosen.flatten()  # (T * top_k,)
-    rows = x.repeat_interleave(pairs.numel() // x.shape[0], dim=0)
+    rows = x.repeat_interleave(pairs.numel() // max(1, x.shape[0]), dim=0)
     out = x.new_zeros(pairs.numel(), weight.shape[0])
     for index in pairs.unique().tolist():
         mine = pairs == index

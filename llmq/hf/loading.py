@@ -6,14 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from llmq.errors import FormatError, SourceError
 from llmq.formats import compressed_tensors
-from llmq.hf.quantizer import LlmqConfig, LlmqQuantizer
+from llmq.fuse import fuse_on_gpu, fuse_shared_inputs, head_scheme, pack_head
+from llmq.hf.quantizer import LlmqConfig, LlmqQuantizer, attach
 from llmq.nn import prepare
 
 
@@ -39,13 +42,24 @@ def take_over() -> None:
     AUTO_QUANTIZER_MAPPING["llmq"] = LlmqQuantizer
 
 
-def load(path_or_name: str | Path, *, backend: str | None = None, **kwargs: Any) -> Any:
+def load(
+    path_or_name: str | Path,
+    *,
+    backend: str | None = None,
+    fuse: bool | None = None,
+    head_bits: int | None = None,
+    **kwargs: Any,
+) -> Any:
     """Load a causal language model; packed weights stay packed.
 
     Args:
         path_or_name: a folder or the name of a model on the Hub.
         backend: how packed layers are multiplied, see `llmq.backends`; None = the fastest that can
             run each layer.
+        fuse: multiply packed layers that read one tensor (q, k, v; gate, up) together. Parameters
+            keep their names and values. None = where the Triton kernels run.
+        head_bits: 8 or 4: round the output layer to nearest too, for faster decoding; it is read
+            whole for every token. None = leave it as it is in the checkpoint.
         kwargs: as for `AutoModelForCausalLM.from_pretrained`, such as `dtype`, `device_map`,
             or `quantization_config=LlmqConfig(...)` to quantize a full-precision model.
 
@@ -56,6 +70,7 @@ def load(path_or_name: str | Path, *, backend: str | None = None, **kwargs: Any)
         SourceError: there is no such model, or it is not a causal language model.
         FormatError: its files are damaged, incomplete or contradict its config.json.
         BackendError: `backend` cannot run one of the layers.
+        SchemeError: `head_bits` is not a number of bits that llmq packs.
     """
     hub = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code")
     options = {key: kwargs[key] for key in hub if key in kwargs}
@@ -84,6 +99,15 @@ def load(path_or_name: str | Path, *, backend: str | None = None, **kwargs: Any)
             f"{path_or_name}: {len(missing)} tensors are missing, such as {missing[0]}; "
             "transformers would fill them with random numbers."
         )
+    head = model.get_output_embeddings()
+    if head_bits is not None and isinstance(head, nn.Linear):
+        pack_head(model, head_scheme(head.in_features, head_bits))
+        attach(model)
     if backend is not None:
         prepare(model, backend)
+    if fuse:
+        device = model.get_input_embeddings().weight.device
+        fuse_shared_inputs(model, input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))
+    elif fuse is None:
+        fuse_on_gpu(model)
     return (model, info) if wants_info else model
