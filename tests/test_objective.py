@@ -18,7 +18,6 @@ from llmq.quantize import Recipe, quantize
 from llmq.residual import enters_a_sum, reads_and_sums
 from llmq.solvers.descent import Polished
 
-
 Streams = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
