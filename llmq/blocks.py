@@ -46,7 +46,7 @@ class Recording:
     calls: list[list[Call]]
 
 
-class _Reached(Exception):
+class Reached(Exception):
     """Ends a forward where what is wanted has been seen."""
 
     def __init__(self, value: Any):
@@ -117,13 +117,13 @@ def record_calls(model: nn.Module, blocks: nn.ModuleList, batches: Sequence[Tens
         if i == 0:
             hidden.append(states)
         if i == len(blocks) - 1:  # the output layer would cost more than everything before
-            raise _Reached(states)
+            raise Reached(states)
         return (states, None) if returns_tuple else states
 
     stand_ins = [_StandIn(block, calls[i], partial(enter, i)) for i, block in enumerate(blocks)]
     with replaced(blocks, stand_ins):
         for ids in batches:
-            with suppress(_Reached):
+            with suppress(Reached):
                 model(input_ids=ids, use_cache=False)
     return Recording(hidden, calls)
 
@@ -132,12 +132,12 @@ def _returns_tuple(model: nn.Module, blocks: nn.ModuleList, ids: Tensor) -> bool
     """Whether blocks return (hidden, ...) rather than hidden; found by running the first one."""
 
     def stop(_: nn.Module, __: Any, output: Any) -> None:
-        raise _Reached(isinstance(output, tuple))
+        raise Reached(isinstance(output, tuple))
 
     with hooks(blocks[0].register_forward_hook(stop)):
         try:
             model(input_ids=ids, use_cache=False)
-        except _Reached as reached:
+        except Reached as reached:
             return reached.value
     raise SourceError(f"{type(model).__name__}: its forward does not run its decoder blocks.")
 
@@ -199,13 +199,13 @@ def inputs_of(
     """
 
     def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
-        raise _Reached(args[0])
+        raise Reached(args[0])
 
     with hooks(block.get_submodule(name).register_forward_pre_hook(stop)):
         for states, call in zip(hidden, calls, strict=True):
             try:
                 run_block(block, states, call)
-            except _Reached as reached:
+            except Reached as reached:
                 yield reached.value
 
 

@@ -69,3 +69,28 @@ def with_prior(moments: Sequence[tuple[Tensor, int]]) -> list[tuple[Tensor, int]
     for H, n in moments:
         pooled += H * (n / max(total, 1))
     return [((H * n + pooled * K) / (n + K), n) for H, n in moments]
+
+
+def cholesky(H: Tensor, damp: float) -> Tensor:
+    """Lower factor L, float64 (K, K), with L L^T = H + damp * mean(diag H) I.
+
+    Damping is tripled, up to eight times, while that is not positive definite.
+
+    Raises:
+        ValueError: it is not even then (with damp=0.01 that is 65 times the mean: H is not a
+            second moment).
+    """
+    damped = H.double()
+    mean = damped.diagonal().mean()
+    added = 0.0
+    for _ in range(9):
+        damped = damped.clone()
+        damped.diagonal().add_((damp - added) * mean)
+        L, failed = torch.linalg.cholesky_ex(damped)
+        if not bool(failed):
+            return L
+        added, damp = damp, damp * 3
+    raise ValueError(
+        f"second moment ({len(H)} columns) is not positive definite, even with {added:g} of its "
+        "mean diagonal added."
+    )

@@ -27,7 +27,6 @@ from llmq.adapters import as_linears, run_copy, run_dtype, shared_copy
 from llmq.blocks import (
     decoder_blocks,
     head_inputs,
-    inputs_of,
     keep_outputs,
     linears,
     record_calls,
@@ -35,8 +34,9 @@ from llmq.blocks import (
     shared_input_groups,
 )
 from llmq.errors import NonFiniteError, SchemeError
-from llmq.moments import second_moments, with_prior
+from llmq.moments import second_moments
 from llmq.nn import STACKS, PackedExperts, PackedLinear, is_stacked_experts
+from llmq.objective import Problem, Twin, posed
 from llmq.scheme import QuantizedWeight, QuantScheme
 from llmq.solvers import Solver
 from llmq.solvers.awq import AWQ
@@ -53,6 +53,8 @@ class Recipe:
         scheme: number format of every quantized linear.
         solver: how codes are found.
         awq: scale channels before solving, or None.
+        match: ask for the full-precision outputs, given the inputs behind quantized layers
+            (see `objective`); else for the outputs that these inputs have in full precision.
         lm_head: whether the output layer is quantized too. If it is tied to the embeddings they
             are untied: the embeddings stay as they are.
         skip: patterns of linears to leave as they are: a module name or the end of one, with
@@ -64,6 +66,7 @@ class Recipe:
     awq: AWQ | None = None
     skip: tuple[str, ...] = ()
     lm_head: bool = False
+    match: bool = False
 
     def scheme_for(self, name: str) -> QuantScheme | None:
         """The number format of the linear called `name`; None if it is skipped."""
@@ -142,6 +145,8 @@ def quantize(
     for b, states in enumerate(hidden):
         hidden[b] = states.to(where, dtype)
 
+    full = list(hidden) if recipe.match else []  # the same, never quantized
+
     for i, block in enumerate(blocks):
         view = as_linears(shared_copy(block))  # the block's own tensors
         work = run_copy(view, where, dtype)  # what runs, and takes on quantized weights
@@ -150,21 +155,27 @@ def quantize(
         names = {n: s for n in linears(view) if (s := recipe.scheme_for(f"{prefix}.{i}.{n}"))}
         if recipe.awq:
             recipe.awq.smooth(view, work, names, hidden, calls, probe)
+        groups = shared_input_groups(work, *probe)
+        twin = Twin(work, full, groups, probe) if recipe.match else None
         solved: dict[str, list[QuantizedWeight]] = {}
         done: set[str] = set()
-        for group in shared_input_groups(work, *probe):
+        for group in groups:
             done.update(group)
             chosen = {n: names[n] for n in group if n in names}
             if not chosen:
                 continue
-            moments = second_moments(inputs_of(work, group[0], hidden, calls))
-            moments = _checked(moments, f"{prefix}.{i}.{group[0]}")
-            for name, report, results in _solve_group(view, work, chosen, moments, recipe.solver):
+            problems = posed(work, group[0], hidden, calls, twin)
+            _check(problems, f"{prefix}.{i}.{group[0]}")
+            for name, report, results in _solve_group(view, work, chosen, problems, recipe.solver):
                 solved[name] = results
                 yield from (_named(r, f"{prefix}.{i}") for r in report)
             keep_outputs(work, done, len(calls))
+            if twin:
+                keep_outputs(twin.block, done, len(calls))
         for b, call in enumerate(calls):
             hidden[b] = run_block(work, hidden[b], call)
+            if twin:
+                full[b] = run_block(twin.block, full[b], call)
         _pack(block, solved)
         recording.calls[i].clear()
     if recipe.lm_head:
@@ -242,25 +253,24 @@ def _head_name(model: nn.Module) -> str:
     return next(name for name, module in model.named_modules() if module is head)
 
 
-def _checked(moments: list[tuple[Tensor, int]], name: str) -> list[tuple[Tensor, int]]:
-    """Second moments that are finite; those of experts get their prior.
+def _check(problems: list[Problem], name: str) -> None:
+    """Refuse what is not finite.
 
     Raises:
         NonFiniteError: names the linear.
     """
-    if not all(bool(H.diagonal().isfinite().all()) for H, _ in moments):
+    if not all(problem.finite() for problem in problems):
         raise NonFiniteError(
             f"{name}: its input is NaN or infinite in calibration. The model overflows in its "
             "dtype on this text; convert it to bfloat16 or float32."
         )
-    return with_prior(moments) if len(moments) > 1 else moments
 
 
 def _solve_group(
     view: nn.Module,
     work: nn.Module,
     schemes: dict[str, QuantScheme],
-    moments: list[tuple[Tensor, int]],
+    problems: list[Problem],
     solver: Solver,
 ) -> Iterator[tuple[str, list[LayerReport], list[QuantizedWeight]]]:
     """Solve linears that read the same tensor and give `work` their quantized weights.
@@ -272,16 +282,18 @@ def _solve_group(
         names = [n for n in schemes if schemes[n] == scheme]
         reports: dict[str, list[LayerReport]] = {n: [] for n in names}
         results: dict[str, list[QuantizedWeight]] = {n: [] for n in names}
-        for e, (H, count) in enumerate(moments):
-            weights = [_matrix(view, n, e).to(H.device) for n in names]
+        for e, problem in enumerate(problems):
+            H = problem.H
             start = time.perf_counter()
-            tall = solver.solve(torch.cat(weights), H, scheme)
+            weights = [problem.target(_matrix(view, n, e).to(H.device)) for n in names]
+            tall = solver.solve(torch.cat(weights), problem.moment(), scheme)
             seconds = (time.perf_counter() - start) / len(names)
             for n, W, q in zip(names, weights, _split(tall, weights), strict=True):
                 _matrix(work, n, e).copy_(q.dequantize())
-                label = _expert_name(n, e) if len(moments) > 1 else n
+                label = _expert_name(n, e) if len(problems) > 1 else n
                 error = relative_error(W, q, H)
-                reports[n].append(LayerReport(label, q.shape, scheme, error, count, seconds))
+                report = LayerReport(label, q.shape, scheme, error, problem.tokens, seconds)
+                reports[n].append(report)
                 results[n].append(q)
         for n in names:
             yield n, reports[n], results[n]

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from llmq.scheme import QuantizedWeight, QuantScheme, grouped, minmax_grid
+from llmq.solvers.descent import Polished
 from llmq.solvers.gptq import GPTQ, column_order, inverse_factor
 from llmq.solvers.grid import by_block, by_column, search_grid
 from llmq.solvers.rtn import RTN
@@ -177,7 +178,7 @@ def test_dead_columns_are_rounded_not_zeroed():
     assert (zero.dequantize() - W).abs().max() < 1
 
 
-@pytest.mark.parametrize("solver", [RTN(), RTN(search=True), GPTQ()])
+@pytest.mark.parametrize("solver", [RTN(), RTN(search=True), GPTQ(), Polished()])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_hard_weights_give_finite_answers(solver, dtype):
     W, H = problem(5, 6, 64)

@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from llmq.moments import cholesky
 from llmq.scheme import QuantizedWeight, QuantScheme, grouped, minmax_grid
 from llmq.solvers.grid import by_column, search_grid
 
@@ -86,24 +87,11 @@ def inverse_factor(H: Tensor, damp: float) -> Tensor:
     U = R^-1; in float64.
 
     Raises:
-        ValueError: not positive definite even with damping tripled eight times
-            (with damp=0.01 that is 65 times the mean: H is not a second moment).
+        ValueError: H is not a second moment, see `moments.cholesky`.
     """
-    reversed_ = H.flip(0, 1).double()
-    mean = reversed_.diagonal().mean()
-    added = 0.0
-    for _ in range(9):
-        reversed_.diagonal().add_((damp - added) * mean)
-        L, failed = torch.linalg.cholesky_ex(reversed_)
-        if not bool(failed):
-            R = L.flip(0, 1)
-            eye = torch.eye(len(R), dtype=R.dtype, device=R.device)
-            return torch.linalg.solve_triangular(R, eye, upper=True).float()
-        added, damp = damp, damp * 3
-    raise ValueError(
-        f"second moment ({len(H)} columns) is not positive definite, even with {damp:g} of its "
-        "mean diagonal added."
-    )
+    R = cholesky(H.flip(0, 1), damp).flip(0, 1)
+    eye = torch.eye(len(R), dtype=R.dtype, device=R.device)
+    return torch.linalg.solve_triangular(R, eye, upper=True).float()
 
 
 class _Run:

@@ -1,0 +1,183 @@
+"""Targets against least squares on the tokens themselves; sums against what blocks compute."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from test_quantize import SCHEME, batches, divergence, quantized
+from torch import Tensor
+from zoo import tiny_model
+
+from llmq import demo
+from llmq.adapters import as_linears
+from llmq.blocks import decoder_blocks, linears, record_calls, run_block
+from llmq.errors import NonFiniteError
+from llmq.objective import Drift, Matching, damping
+from llmq.quantize import Recipe, quantize
+from llmq.residual import enters_a_sum, reads_and_sums
+from llmq.solvers.descent import Polished
+
+Streams = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def streams(seed: int, tokens: int, K: int, N: int, moved: float) -> Streams:
+    """Quantized and full inputs (t, K) and residuals (t, N), with a drift that depends on x~."""
+    g = torch.Generator().manual_seed(seed)
+    mix = torch.randn(K, K, generator=g) / K**0.5
+    drift = torch.randn(K, K, generator=g) / K**0.5
+    lost = torch.randn(K, N, generator=g) / K**0.5
+    x = torch.randn(tokens, K, generator=g) @ mix
+    noise = torch.randn(tokens, K, generator=g) * 0.3
+    h = torch.randn(tokens, N, generator=g)
+    return x, x + moved * x @ drift + noise, h, h + moved * x @ lost
+
+
+def drift_of(data: Streams, start: int, stop: int) -> Drift:
+    x, full_x, h, full_h = (t[start:stop] for t in data)
+    drift = Drift()
+    drift.add(x, full_x, full_h - h)
+    return drift
+
+
+def matching(data: Streams, split: int) -> Matching:
+    fit = drift_of(data, 0, split)
+    judge = drift_of(data, split, len(data[0]))
+    every = fit + judge
+    return Matching(every.H, every.tokens, fit, judge, every)
+
+
+def test_the_full_target_is_least_squares_on_the_tokens():
+    K, N = 24, 5
+    data = streams(0, 4000, K, N, 1.0)
+    x, full_x, h, full_h = (t.double() for t in data)
+    W = torch.randn(N, K, generator=torch.Generator().manual_seed(1))
+    drift = drift_of(data, 0, 4000)
+    got = W + sum(drift.shifts(W))
+    wanted = full_x @ W.double().T + full_h - h
+    # Damping pulls towards W: rows sqrt(lambda) I with the answer W.
+    H = x.T @ x / len(x)
+    weight = (damping(4000, K) * H.diagonal().mean() * len(x)).sqrt()
+    rows = torch.cat([x, weight * torch.eye(K, dtype=torch.float64)])
+    answers = torch.cat([wanted, weight * W.double().T])
+    expected = torch.linalg.lstsq(rows, answers).solution.T
+    assert (got.double() - expected).norm() < 1e-4 * (expected - W.double()).norm()
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(("tokens", "moved"), [(60, 0.0), (60, 1.0), (2000, 0.3)])
+def test_never_worse_on_held_out_tokens(seed, tokens, moved):
+    K, N = 24, 5
+    data = streams(seed, tokens, K, N, moved)
+    W = torch.randn(N, K, generator=torch.Generator().manual_seed(seed))
+    problem = matching(data, tokens * 3 // 4)
+    shares = problem.shares(W)
+    shifts = problem.fit.shifts(W)
+    x, full_x, h, full_h = (t[tokens * 3 // 4 :].double() for t in data)
+
+    def error(W_new: Tensor) -> float:
+        missed = full_x @ W.double().T + full_h - h - x @ W_new.double().T
+        return float(missed.square().sum())
+
+    found = error(W + sum(s * shift for s, shift in zip(shares, shifts, strict=True)))
+    assert found <= error(W)
+    assert found <= error(W + shifts[0] + shifts[1]) * (1 + 1e-6)
+    if moved == 0.3:
+        assert shares == (1.0, 1.0)
+        assert found < 0.9 * error(W)
+
+
+def test_streams_that_agree_leave_the_weights_alone():
+    x, _, h, _ = streams(0, 500, 24, 5, 0.0)
+    W = torch.randn(5, 24).half()
+    target = matching((x, x, h, h), 400).target(W)
+    assert target.dtype == W.dtype
+    assert torch.equal(target, W)
+
+
+def test_damping_follows_the_number_of_tokens():
+    assert damping(16 * 64, 64) == damping(10**9, 64) == 0.01
+    assert damping(8 * 64, 64) == pytest.approx(0.02)
+    assert damping(0, 64) == damping(64, 64) == 0.1
+
+
+SUMS = {
+    "llama": {"self_attn.o_proj", "mlp.down_proj"},
+    "qwen2": {"self_attn.o_proj", "mlp.down_proj"},
+    "opt": {"self_attn.out_proj", "fc2"},
+    "gpt2": {"attn.c_proj", "mlp.c_proj"},
+    "gpt_neox": {"attention.dense", "mlp.dense_4h_to_h"},
+    "gemma2": set(),  # normalised before they are added
+    "olmo2": set(),
+    "glm4": set(),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", list(SUMS))
+def test_sums_are_seen(name):
+    model: Any = tiny_model(name, dtype=torch.float64).eval()
+    _, blocks = decoder_blocks(model)
+    recording = record_calls(model, blocks, batches(model, 1))
+    block = as_linears(copy.deepcopy(blocks[0]))
+    hidden, call = recording.hidden[0], recording.calls[0][0]
+    found = {n for n in linears(block) if enters_a_sum(block, n, hidden, call)}
+    assert found == SUMS[name]
+    last = [n for n in linears(block) if n in found][-1:]
+    for n in last:  # what the last one writes into is the block's output
+        [(x, other)] = reads_and_sums(block, n, [hidden], [call])
+        assert other is not None
+        out = run_block(block, hidden, call)
+        if name != "gpt_neox":  # attention is added to it after the MLP
+            added = other.flatten(0, -2) + block.get_submodule(n)(x).flatten(0, -2)
+            assert torch.allclose(added, out.flatten(0, -2))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "falcon", "mixtral", "gpt_oss"])
+def test_matching_on_other_architectures(name):
+    model: Any = tiny_model(name, dtype=torch.float32).eval()
+    ids = batches(model, 4)[3]
+    plain, _ = quantized(model, Recipe(SCHEME, Polished()))
+    matched, reports = quantized(model, Recipe(SCHEME, Polished(), match=True))
+    assert all(r.error < 0.05 for r in reports)
+    assert divergence(model, matched, ids) < 1.1 * divergence(model, plain, ids)
+
+
+def test_matching_lowers_the_divergence_of_a_trained_model():
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from llmq.calibrate import token_windows
+
+    model: Any = AutoModelForCausalLM.from_pretrained(demo.model_path(), dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(demo.model_path())
+    text = demo.calibration_path()
+    calibration = token_windows(text, tokenizer, seq_len=128, samples=64, seed=0)
+    test = token_windows(demo.evaluation_path(), tokenizer, seq_len=128, samples=16)
+    found = {}
+    for match in (False, True):
+        result = copy.deepcopy(model)
+        scheme = SCHEME.__class__(3, 64)
+        list(quantize(result, calibration.split(16), Recipe(scheme, Polished(), match=match)))
+        found[match] = divergence(model, result, test)
+    assert found[True] < 0.85 * found[False]
+
+
+def test_an_overflow_names_the_layer():
+    model: Any = tiny_model("llama", dtype=torch.float32).eval()
+    model.model.layers[1].mlp.up_proj.weight.data.fill_(1e38)
+    with pytest.raises(NonFiniteError, match=r"model\.layers\.1\.mlp\.down_proj"):
+        list(quantize(model, batches(model), Recipe(SCHEME, match=True)))
+
+
+def test_threads_do_not_matter():
+    model: Any = tiny_model("llama", dtype=torch.float32).eval()
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(quantized(model, Recipe(SCHEME, Polished(), match=True))[0])
+    finally:
+        torch.set_num_threads(threads)
+    a, b = (result.state_dict() for result in results)
+    assert all(torch.equal(a[name], b[name]) for name in a)
