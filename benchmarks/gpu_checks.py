@@ -11,7 +11,7 @@ from pathlib import Path
 FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, ImportError, KeyError)
 
 
-def ours(x, weight, gpu, out_dtype=None):
+def ours(x, weight, gpu, out_dtype=None, pdl=False):
     """x @ W.T by the launch that the operators would choose, on any device."""
     from llmq_kernels import launch, ops, plan
 
@@ -19,7 +19,7 @@ def ours(x, weight, gpu, out_dtype=None):
     chosen = plan.choose(gpu, weight.bits, weight.group_size, N, K, x.shape[0])
     if chosen is None:
         return ops.dense(x, weight, None)
-    return launch.linear(x, weight, None, chosen, out_dtype=out_dtype)
+    return launch.linear(x, weight, None, chosen, pdl=pdl, out_dtype=out_dtype)
 
 
 def distance(a, exact) -> float:

@@ -7,7 +7,9 @@
 Order: correctness of every format, bits equal on every run and for every number of rows, CUDA
 graph, compile, gradient, stacked experts, compute-sanitizer if installed; then read bandwidth; then
 times beside bf16 cuBLAS, torch's tinygemm and the peers of gpu_peers.py, most important rows
-first. Rows are written as they are measured; exit status 1 if a check failed.
+first; at the end, for which time is kept, chains of layers and whole models (gpu_decode.py). Rows
+are written as they are measured; exit status 1 if a check failed. kernels.py makes tables of the
+result, plot.py charts.
 """
 
 from __future__ import annotations
@@ -22,10 +24,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gpu_checks import FAILURES, all_formats, checks, operator_checks, ours, sanitizer
 
 ROOT = Path(__file__).resolve().parents[1]
+
+KEPT = 170  # seconds for the last sections: making an 8B model, capturing, compiling
 SHAPES = [  # N x K: q/k/v, o, gate/up, down of 8B and 70B Llamas, a head, Qwen3-32B, 0.6B
     (28672, 4096), (4096, 4096), (4096, 14336), (57344, 8192), (8192, 8192), (6144, 4096),
     (10240, 8192), (8192, 28672), (128256, 4096), (8192, 5120), (5120, 25600), (1024, 3072),
@@ -41,6 +46,7 @@ class Report:
         self.path, self.head, self.rows = path, head, []
         self.failed = 0
         self.end = time.monotonic() + 60 * minutes
+        self.kept = 0.0  # seconds at the end that the present section must leave
 
     def add(self, kind: str, **values: object) -> None:
         """Append a row, print it, write everything."""
@@ -50,8 +56,8 @@ class Report:
         self.path.write_text(json.dumps({"environment": self.head, "rows": self.rows}, indent=1))
 
     def left(self) -> float:
-        """Seconds."""
-        return self.end - time.monotonic()
+        """Seconds that the present section has."""
+        return self.end - self.kept - time.monotonic()
 
 
 def _short(value: object) -> str:
@@ -94,7 +100,9 @@ def contenders(weight, codes, scale, zero, dtype, cache: int) -> Iterator[tuple[
             print(name, "cannot be prepared:", str(error)[:200])
 
 
-def times(report: Report, device, gpu, shapes, rows, roof: float, group: int = 128) -> None:
+def times(
+    report: Report, device, gpu, shapes, rows, roof: float, group: int = 128, dtype=None
+) -> None:
     """One shape after the other: ours beside the dense product and the peers, cold weights."""
     import torch
 
@@ -104,7 +112,7 @@ def times(report: Report, device, gpu, shapes, rows, roof: float, group: int = 1
     cache = 1 << 11
     if device.type == "cuda":
         cache = torch.cuda.get_device_properties(device).L2_cache_size
-    dtype = torch.bfloat16
+    dtype = dtype or torch.bfloat16
     for N, K in shapes:
         if report.left() < 20:
             report.add("stopped", N=N, K=K, why="out of time")
@@ -124,6 +132,7 @@ def times(report: Report, device, gpu, shapes, rows, roof: float, group: int = 1
             for M in rows:
                 x = torch.randn(M, K, device=device, dtype=dtype)
                 row = {"name": name, "N": N, "K": K, "M": M, "group": group}
+                row["dtype"] = str(dtype).removeprefix("torch.")
                 try:
                     calls = [lambda p=p, x=x: p(x) for p in products]
                     us = microseconds(calls, device=device)
@@ -160,6 +169,30 @@ def search(report: Report, device, gpu, shapes, rows, seconds: float) -> None:
             us, _, plan = min(found)
             row = {"N": N, "K": K, "M": M, "us": us, "closed_form_us": found[0][0]}
             report.add("search", **row, tried=len(found), plan=plan._asdict())
+
+
+def measurements(report: Report, device, gpu, dry: bool) -> None:
+    """Everything that is timed."""
+    import torch
+    from gpu_decode import chain, decoding
+
+    roof = bandwidth(report, device, 1 << (16 if dry else 30))
+    if dry:
+        times(report, device, gpu, [(64, 128)], (1,), roof)
+        times(report, device, gpu, [(64, 128)], (1,), roof, dtype=torch.float16)
+        chain(report, device, gpu, 64, (1,), dry=True)
+        decoding(report, device, roof, (1, 2), dry=True)
+        return
+    report.kept = KEPT
+    times(report, device, gpu, SHAPES[:5], FIRST_ROWS, roof)
+    search(report, device, gpu, SHAPES[:3], (1, 16, 64), seconds=min(90, report.left() / 3))
+    times(report, device, gpu, SHAPES[5:], FIRST_ROWS, roof)
+    times(report, device, gpu, SHAPES[:2], OTHER_ROWS, roof)
+    times(report, device, gpu, SHAPES[:1], FIRST_ROWS, roof, group=64)
+    times(report, device, gpu, SHAPES[:2], (1, 16, 64), roof, dtype=torch.float16)
+    report.kept = 0
+    chain(report, device, gpu, 4096, (1, 16))
+    decoding(report, device, roof, (1, 16))
 
 
 def main() -> int:
@@ -200,15 +233,7 @@ def main() -> int:
         checks(report, device, gpu, others, [(1030, 1536), (70, 96)], (1, 33))
         sanitizer(report)
     if options.only != "checks":
-        roof = bandwidth(report, device, 1 << (16 if dry else 30))
-        if dry:
-            times(report, device, gpu, [(64, 128)], (1,), roof)
-        else:
-            times(report, device, gpu, SHAPES[:5], FIRST_ROWS, roof)
-            search(report, device, gpu, SHAPES[:3], (1, 16, 64), seconds=min(90, report.left() / 3))
-            times(report, device, gpu, SHAPES[5:], FIRST_ROWS, roof)
-            times(report, device, gpu, SHAPES[:2], OTHER_ROWS, roof)
-            times(report, device, gpu, SHAPES[:1], FIRST_ROWS, roof, group=64)
+        measurements(report, device, gpu, dry)
     print(f"{report.failed} checks failed; wrote {out}")
     return int(report.failed > 0)
 

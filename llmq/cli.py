@@ -268,6 +268,9 @@ def generate(
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
     chat: Annotated[bool, typer.Option(help="Use the chat template; for instruct models.")] = False,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Static cache; CUDA graph, or compiled on a CPU.")
+    ] = False,
     device: Device = "auto",
 ) -> None:
     _start(False)
@@ -286,6 +289,7 @@ def generate(
             temperature=temperature,
             seed=seed,
             chat=chat,
+            fast=fast,
         )
     )
 
@@ -315,6 +319,53 @@ def inspect(
     console.print(f"{size(total)}; {bits:.3f} bits per quantized weight.", highlight=False)
     entries = [asdict(layer) for layer in layers]
     _finish({"bits_per_weight": bits, "bytes": total, "layers": entries}, as_json)
+
+
+@app.command(help=cli_help.BENCH)
+def bench(
+    model: Annotated[str, typer.Argument(help="Quantized model: folder or Hub name.")],
+    reference: Annotated[
+        str | None, typer.Option(help="The full-precision model, to stand beside it.")
+    ] = None,
+    batch: Annotated[str, typer.Option(help="Sequences at once, with commas.")] = "1,4,16",
+    prompt: Annotated[str, typer.Option(help="Tokens per prompt, with commas.")] = "128,2048",
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens per sequence.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="The median of so many counts.")] = 3,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile the step: a minute more for every row.")
+    ] = False,
+    head_bits: Annotated[
+        int | None, typer.Option(help="8 or 4: round the output layer of the model too.")
+    ] = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    console = _start(as_json)
+    from llmq.bench import bench as run
+    from llmq.report import bench_table
+
+    found = run(
+        model,
+        reference=reference,
+        batches=_numbers("--batch", batch),
+        prompts=_numbers("--prompt", prompt),
+        tokens=tokens,
+        repeats=repeats,
+        compiled=compiled,
+        head_bits=head_bits,
+        device=device,
+        progress=True,
+    ).to_json()
+    console.print(bench_table(found["rows"]))
+    console.print(
+        f"{found['device']}: reads {found['bandwidth'] / 1e9:.1f} GB/s; "
+        f"mode: {found['rows'][0]['mode']}.",
+        highlight=False,
+    )
+    if found["left_out"]:
+        skipped = ", ".join(map(str, found["left_out"]))
+        console.print(f"Left out, beyond the model's context: prompts of {skipped} tokens.")
+    _finish(found, as_json)
 
 
 @app.command(help=cli_help.DEMO)
@@ -353,6 +404,16 @@ def _start(as_json: bool) -> Console:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     return Console(stderr=as_json)
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    """ "1,4,16" -> [1, 4, 16]"""
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise typer.BadParameter(
+            f"{text!r}: positive numbers with commas, such as 1,4,16.", param_hint=option
+        )
+    return [int(part) for part in parts]
 
 
 def _finish(result: dict[str, Any], as_json: bool) -> None:

@@ -63,6 +63,16 @@ INSPECT = (
     "llmq inspect ./model-4bit"
 )
 
+BENCH = (
+    "Measure how fast a model reads prompts and writes tokens, beside its original.\n\n"
+    "[bold]of roof[/bold] is the share of this device's measured reading speed that decoding "
+    "reaches: every step has to read all weights once. Layers that read one tensor are fused "
+    "first. Prompts are random tokens.\n\n"
+    "[bold]Examples[/bold]\n\n"
+    "llmq bench ./model-4bit --reference ./model\n\n"
+    "llmq bench ./model-4bit --batch 1,16 --prompt 128 --head-bits 8 --compile"
+)
+
 DEMO = (
     "Quantize a tiny trained model in every way and compare: offline, under a minute.\n\n"
     "The model is a Llama of one million parameters that comes with llmq. Every row of the table "

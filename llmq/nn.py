@@ -302,6 +302,15 @@ class PackedExperts(nn.Module):
         gate_up, down = (backends.TRITON.stack(layers) for layers in zip(*experts, strict=True))
         self._stacked = gate_up, down
 
+    def repacked(self) -> Iterator[Tensor]:
+        """What the backends made of the parameters and keep beside them."""
+        for layer in (layer for pair in self._experts or () for layer in pair):
+            yield from layer.prepared
+        for stack in self._stacked or ():
+            yield from (stack.qweight, stack.scale, stack.counters)
+            if stack.zero is not None:
+                yield stack.zero
+
     def _all_chosen(self, x: Tensor, stack: int, chosen: Tensor) -> Tensor:
         """x through the experts chosen (T, top_k), in one launch: (T * top_k, N)."""
         assert self._stacked is not None

@@ -172,6 +172,28 @@ def size(nbytes: float) -> str:
     return f"{value:.{digits}f} {unit}"
 
 
+def bench_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The rows of `bench.Report`, packed and reference side by side, as a rich table."""
+    beside = {(r["batch"], r["prompt"]): r for r in rows if r["model"] == "reference"}
+    columns = ["batch x prompt"]
+    for name in ("prefill/s", "decode/s", "of roof", "memory"):
+        columns += [name, *(["original"] if beside else [])]
+        columns += ["ratio"] if beside and name.endswith("/s") else []
+    lines = []
+    for row in (r for r in rows if r["model"] != "reference"):
+        other = beside.get((row["batch"], row["prompt"]))
+        line = [f"{row['batch']} x {row['prompt']}"]
+        for key in ("prefill_tokens_per_s", "decode_tokens_per_s"):
+            line.append(f"{row[key]:.1f}")
+            if other:
+                line += [f"{other[key]:.1f}", f"{row[key] / other[key]:.2f}x"]
+        pair = [row, other] if other else [row]
+        line += [f"{r['of_roof']:.0%}" for r in pair]
+        line += [size(r["peak_bytes"] or r["memory_bytes"]) for r in pair]
+        lines.append(line)
+    return table("", columns, lines)
+
+
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A rich table: the first column is text, the others are aligned as numbers."""
     from rich.box import SIMPLE_HEAD

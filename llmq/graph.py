@@ -1,0 +1,39 @@
+"""One CUDA graph of a step that is always the same: its kernels are launched in one go.
+
+Batch-1 decoding is hundreds of kernels of a few microseconds; launched one by one, the processor
+would be the limit. A step must read and write the same tensors every time and leave no trace in
+Python; what it changes in place (a cache, a position) moves on with every replay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+Step = Callable[[], None]
+
+
+def captured(step: Step, device: torch.device) -> Step:
+    """Record `step`, which is not carried out by that; the result carries it out.
+
+    Args:
+        step: has run on this device before, so that everything is compiled and allocated.
+        device: CUDA.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            step()
+    return graph.replay
+
+
+def beside(step: Step, device: torch.device) -> None:
+    """Carry out `step` on a side stream, as torch asks for what is captured afterwards."""
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
