@@ -22,6 +22,8 @@ from llmq import demo, hf, plan as planning
 from llmq.calibrate import adds_bos, token_windows
 from llmq.errors import CalibrationError, FormatError, SchemeError
 from llmq.evaluate import Evaluation, evaluate as measure, protocol
+from llmq.ladder import chosen
+from llmq.objective import HELD_OUT
 from llmq.output import staged_folder, writing
 from llmq.plan import Plan
 from llmq.progress import progress_bar
@@ -42,9 +44,6 @@ from llmq.report import (
     write_report,
 )
 from llmq.scheme import QuantScheme
-from llmq.solvers.awq import AWQ
-from llmq.solvers.gptq import GPTQ
-from llmq.solvers.rtn import RTN
 from llmq.source import (
     check_path,
     context_length,
@@ -58,12 +57,6 @@ from llmq.source import (
 )
 from llmq.text import Source, describe
 
-METHODS = {
-    "rtn": (None, RTN()),
-    "gptq": (None, GPTQ()),
-    "awq": (AWQ(), RTN(search=True)),
-    "awq+gptq": (AWQ(), GPTQ()),
-}
 _RTN_SAMPLES = 8  # rounding needs no text; these only measure the error that it made
 _BATCH_TOKENS = 2048
 
@@ -72,7 +65,8 @@ def quantize(
     src: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    method: str = "gptq",
+    quality: str | None = None,
+    method: str | None = None,
     bits: int = 4,
     group_size: int = 128,
     symmetric: bool = True,
@@ -92,7 +86,8 @@ def quantize(
     Args:
         src: folder or Hub name of a full-precision causal language model.
         out: folder to create; it must be absent or empty.
-        method: "rtn", "gptq", "awq" or "awq+gptq".
+        quality: "fast" or "balanced" (the default), see `llmq.ladder`.
+        method: instead of a quality, "rtn", "gptq", "awq" or "awq+gptq".
         bits, group_size, symmetric: the number format, see `QuantScheme`.
         calibration: text like that which the model will see, see `llmq.text`; None = a little
             public-domain text that comes with llmq.
@@ -115,10 +110,9 @@ def quantize(
         LlmqError: see `llmq.errors`; nothing is left at `out` then.
     """
     start = time.perf_counter()
-    if method not in METHODS:
-        raise SchemeError(f"method={method!r}: use one of {', '.join(METHODS)}.")
-    awq, solver = METHODS[method]
-    recipe = Recipe(QuantScheme(bits, group_size, symmetric), solver, awq, tuple(skip), lm_head)
+    method, recipe = chosen(method, quality)
+    scheme = QuantScheme(bits, group_size, symmetric)
+    recipe = dataclasses.replace(recipe, scheme=scheme, skip=tuple(skip), lm_head=lm_head)
     with staged_folder(out) as folder:
         name = check_path(src)
         config = full_precision(open_config(name), name)
@@ -144,7 +138,8 @@ def quantize(
         check_experts(model, recipe)
         if not any(recipe.scheme_for(n) for n in names):
             raise SchemeError(f"skip={list(skip)}: nothing is left to quantize.")
-        batches = windows.split(max(1, _BATCH_TOKENS // seq_len))
+        size = min(_BATCH_TOKENS // seq_len, len(windows) // HELD_OUT)
+        batches = windows.split(max(1, size))
         reports = run(model, batches, recipe, where)
         layers = list(_watched(reports, sum(map(bool, map(recipe.scheme_for, names))), progress))
         with writing(out):

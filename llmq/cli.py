@@ -31,6 +31,13 @@ app = typer.Typer(
 )
 
 
+class Quality(str, Enum):
+    """Rungs of the ladder."""
+
+    fast = "fast"
+    balanced = "balanced"
+
+
 class Method(str, Enum):
     """How codes are found."""
 
@@ -72,7 +79,12 @@ def root(
 def quantize(
     src: Annotated[str, typer.Argument(help="Full-precision model: folder or Hub name.")],
     out: Annotated[Path, typer.Argument(help="Folder to create.")],
-    method: Annotated[Method, typer.Option(help="How codes are found, see above.")] = Method.gptq,
+    quality: Annotated[
+        Quality | None, typer.Option(help="How much effort, see above. (default: balanced)")
+    ] = None,
+    method: Annotated[
+        Method | None, typer.Option(help="Instead of a quality: a method by name.")
+    ] = None,
     bits: Annotated[int, typer.Option(help="8, 4, 3 or 2 bits per weight.")] = 4,
     group_size: Annotated[
         int, typer.Option(help="Weights that share a scale: 32, 64, 128; -1 = a whole row.")
@@ -118,7 +130,8 @@ def quantize(
     report = api.quantize(
         src,
         out,
-        method=method.value,
+        quality=quality.value if quality else None,
+        method=method.value if method else None,
         bits=bits,
         group_size=group_size,
         symmetric=symmetric,

@@ -10,10 +10,11 @@ MODEL is a folder or a name on the Hub; OUT loads in transformers, vLLM and SGLa
 
 QUANTIZE = (
     "Quantize a model.\n\n"
-    "[bold]Which method?[/bold] gptq (the default) loses least for its time. awq+gptq takes "
-    "longer and can help models with large activation outliers: measure. "
-    "awq is the same scaling with plain "
-    "rounding. rtn needs no text and takes seconds: fine at 8 bits, poor at 3.\n\n"
+    "[bold]Which quality?[/bold] balanced (the default) asks every layer for what the original "
+    "model has in its place, and loses least. fast asks it for its own output: half the time. "
+    "[bold]Which method?[/bold] Those of papers are there by name: gptq; awq and awq+gptq (for "
+    "models with large activation outliers); rtn, which needs no text and takes seconds: fine at "
+    "8 bits, poor at 3.\n\n"
     "[bold]Which bits?[/bold] 8: no visible loss. 4: the usual choice. 3 and 2: measure first. "
     "Smaller groups lose less and cost more: 4 symmetric bits in groups of 128 take 4.13 bits "
     "per weight, "
@@ -22,7 +23,7 @@ QUANTIZE = (
     "never the text you evaluate on.\n\n"
     "[bold]Examples[/bold]\n\n"
     "llmq quantize ./model ./model-4bit --calibration c4.txt\n\n"
-    "llmq quantize Qwen/Qwen3-8B ./qwen3 --method awq+gptq --calibration chats.jsonl\n\n"
+    "llmq quantize Qwen/Qwen3-8B ./qwen3 --quality fast --calibration chats.jsonl\n\n"
     "llmq quantize ./model ./out --bits 3 --group-size 32 --skip down_proj"
 )
 

@@ -4,20 +4,19 @@ Plainly W* = W. But behind quantized layers a linear reads x~ where the full-pre
 and its output is added to a stream h~ that was h. The weights whose output is nearest to the
 full-precision sum W x + h, in least squares over x~, are
 
-    W* = W + (alpha W D + rho R) (H + lambda I)^-1
+    W* = W + share (W D + R) (H + lambda I)^-1
     H = mean x~ x~^T,   D = mean (x - x~) x~^T,   R = mean (h - h~) x~^T
 
-with alpha = rho = 1; tr((W* - Q) H (W* - Q)^T) is then, up to a constant, the error of that sum.
-With rho = 0 this is what GPTAQ (Li et al. 2025, arXiv 2504.02692) and Qronos (Zhang et al. 2025,
+with share = 1; tr((W* - Q) H (W* - Q)^T) is then, up to a constant, the error of that sum.
+Without R this is what GPTAQ (Li et al. 2025, arXiv 2504.02692) and Qronos (Zhang et al. 2025,
 arXiv 2505.11695) solve column by column; the term in R matches the residual stream, as LoaQ does
-(2025, arXiv 2509.06297). Shares below 1 guard against fitting the noise of few tokens: they are
+(2025, arXiv 2509.06297). Shares below 1 guard against fitting the noise of few tokens: one is
 chosen per linear from a small set that holds 0, by the error on batches that were held out.
 """
 
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,11 +26,11 @@ from torch import Tensor, nn
 
 from llmq.adapters import RoutedLinear
 from llmq.blocks import Call, inputs_of
-from llmq.moments import cholesky, second_moments, with_prior
+from llmq.moments import SecondMoment, cholesky, second_moments, with_prior
 from llmq.residual import enters_a_sum, reads_and_sums
 from llmq.solvers.gptq import alive
 
-SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+SHARES = (0.0, 0.25, 0.5, 0.75)  # all of it was worse than 3/4 where both were tried
 HELD_OUT = 6  # every sixth batch only judges
 DAMP = 0.01  # of the mean of H's diagonal
 
@@ -62,55 +61,44 @@ class Problem:
 
 
 class Drift:
-    """Sums over tokens of x~ x~^T, of (x - x~) x~^T and, at a sum, of (h - h~) x~^T."""
+    """Sums over tokens: of x~ x~^T, of (x - x~) x~^T and, at a sum, of (h - h~) x~^T."""
 
-    def __init__(self) -> None:
-        self.tokens = 0
-        self._sums: list[Tensor] = []  # (K, K), (K, K), (N, K)
+    def __init__(self, K: int, device: torch.device | str = "cpu"):
+        self.inputs = SecondMoment(K, device)
+        self.D = torch.zeros(K, K, device=device)
+        self.R: Tensor | None = None
 
     @torch.no_grad()
-    def add(self, x: Tensor, full_x: Tensor, missing: Tensor | None) -> None:
+    def add(self, x: Tensor, full_x: Tensor, missing: Tensor | None = None) -> None:
         """Take in quantized and full inputs (..., K) and h - h~ (..., N), if there is one."""
+        self.inputs.add(x)
         rows = x.flatten(0, -2).float()
-        left = [rows, full_x.flatten(0, -2).float() - rows]
+        self.D.addmm_((full_x.flatten(0, -2).float() - rows).T, rows)
         if missing is not None:
-            left.append(missing.flatten(0, -2))
-        if not self._sums:
-            self._sums = [rows.new_zeros(part.shape[1], rows.shape[1]) for part in left]
-        for total, part in zip(self._sums, left, strict=True):
-            total.addmm_(part.T, rows)
-        self.tokens += len(rows)
+            missing = missing.flatten(0, -2).float()
+            if self.R is None:
+                self.R = rows.new_zeros(missing.shape[1], rows.shape[1])
+            self.R.addmm_(missing.T, rows)
 
-    def __add__(self, other: Drift) -> Drift:
-        both = Drift()
-        both.tokens = self.tokens + other.tokens
-        both._sums = [a + b for a, b in zip(self._sums, other._sums, strict=True)]
-        return both
+    def finite(self) -> bool:
+        sums = (
+            (self.inputs.total, self.D) if self.R is None else (self.inputs.total, self.D, self.R)
+        )
+        return all(bool(total.isfinite().all()) for total in sums)
 
-    @cached_property
-    def means(self) -> list[Tensor]:
-        """H (K, K), exactly symmetric, D (K, K) and, at a sum, R (N, K)."""
-        H, *rest = (total / self.tokens for total in self._sums)
-        return [(H + H.T) / 2, *rest]
+    def pull(self, W: Tensor) -> Tensor:
+        """W D + R, float32 (N, K)."""
+        pull = W.float() @ self.D
+        return (pull if self.R is None else pull + self.R) / max(self.inputs.count, 1)
 
-    @property
-    def H(self) -> Tensor:
-        return self.means[0]
-
-    def pulls(self, W: Tensor) -> list[Tensor]:
-        """W D and, if there is a sum, R: float32 (N, K)."""
-        _, D, *R = self.means
-        return [W.float() @ D, *R]
-
-    def shifts(self, W: Tensor) -> list[Tensor]:
-        """`pulls` times (H + lambda I)^-1: float32 (N, K), what alpha and rho scale."""
-        return [
-            torch.cholesky_solve(pull.T.double(), self._factor).T.float() for pull in self.pulls(W)
-        ]
+    def shift(self, W: Tensor) -> Tensor:
+        """`pull` (H + lambda I)^-1: all of the way from W to W*, float32 (N, K)."""
+        return torch.cholesky_solve(self.pull(W).T.double(), self._factor).T.float()
 
     @cached_property
     def _factor(self) -> Tensor:
-        return cholesky(alive(self.H), damping(self.tokens, len(self.H)))
+        H = self.inputs.mean()
+        return cholesky(alive(H), damping(self.inputs.count, len(H)))
 
 
 @dataclass(frozen=True)
@@ -118,16 +106,22 @@ class Matching(Problem):
     """Round W so that its output is nearest to what the full-precision model has in this place.
 
     Attributes:
-        fit, judge: the drift on the tokens that fit W*, and on those held out.
-        every: the drift on both.
+        fit: the drift on the tokens that fit W*.
+        judge: the drift on held-out tokens, which choose how far to go.
     """
 
     fit: Drift
     judge: Drift
-    every: Drift
+
+    @classmethod
+    def of(cls, fit: Drift, judge: Drift) -> Matching:
+        """H is the mean over all tokens."""
+        tokens = fit.inputs.count + judge.inputs.count
+        means = [drift.inputs.mean() * (drift.inputs.count / tokens) for drift in (fit, judge)]
+        return cls(means[0] + means[1], tokens, fit, judge)
 
     def finite(self) -> bool:
-        return all(bool(mean.isfinite().all()) for mean in self.every.means)
+        return self.fit.finite() and self.judge.finite()
 
     def moment(self) -> Tensor:
         """H with more on its diagonal if there were few tokens for its columns.
@@ -140,27 +134,14 @@ class Matching(Problem):
         return H
 
     def target(self, W: Tensor) -> Tensor:
-        shares = self.shares(W)
-        if not any(shares):
-            return W
-        moved = W.float()
-        for share, shift in zip(shares, self.every.shifts(W), strict=True):
-            moved = moved + share * shift
-        return moved.to(W.dtype)
+        shift = self.fit.shift(W)
+        return (W.float() + self.share(W, shift) * shift).to(W.dtype)
 
-    def shares(self, W: Tensor) -> tuple[float, ...]:
-        """alpha, and rho if there is a sum, with the smallest error on held-out tokens."""
-        shifts, pull = self.fit.shifts(W), torch.stack(self.judge.pulls(W)).sum(0)
-        images = [shift @ self.judge.H for shift in shifts]
-        quadratic = [[float((a * b).sum()) for b in shifts] for a in images]
-        linear = [float((shift * pull).sum()) for shift in shifts]
-
-        def error(shares: tuple[float, ...]) -> float:
-            pairs = itertools.product(enumerate(shares), repeat=2)
-            square = sum(s * t * quadratic[i][j] for (i, s), (j, t) in pairs)
-            return square - 2 * sum(s * v for s, v in zip(shares, linear, strict=True))
-
-        return min(itertools.product(SHARES, repeat=len(shifts)), key=error)
+    def share(self, W: Tensor, shift: Tensor) -> float:
+        """The share of `shift` with the smallest error on held-out tokens."""
+        square = float(((shift @ self.judge.inputs.mean()) * shift).sum())
+        slope = float((shift * self.judge.pull(W)).sum())
+        return min(SHARES, key=lambda share: share * (share * square - 2 * slope))
 
 
 def damping(tokens: int, K: int) -> float:
@@ -221,13 +202,13 @@ def posed(
     sums = name in twin.sums
     quantized = reads_and_sums(work, name, hidden, calls, sums)
     full = reads_and_sums(twin.block, name, twin.hidden, calls, sums)
-    fit, judge = Drift(), Drift()
+    K = work.get_parameter(f"{name}.weight").shape[-1]
+    fit, judge = Drift(K, hidden[0].device), Drift(K, hidden[0].device)
     for b, ((x, h), (full_x, full_h)) in enumerate(zip(quantized, full, strict=True)):
-        last = b % HELD_OUT == HELD_OUT - 1 or b == len(calls) - 1
+        held_out = b % HELD_OUT == HELD_OUT - 1 or b == len(calls) - 1
         missing = None if h is None or full_h is None else full_h.float() - h.float()
-        (judge if last else fit).add(x, full_x, missing)
-    every = fit + judge
-    return [Matching(every.H, every.tokens, fit, judge, every)]
+        (judge if held_out else fit).add(x, full_x, missing)
+    return [Matching.of(fit, judge)]
 
 
 def _routed(block: nn.Module, name: str) -> bool:

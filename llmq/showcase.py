@@ -20,7 +20,7 @@ from llmq.source import open_model, open_tokenizer
 if TYPE_CHECKING:
     from rich.table import Table
 
-METHODS = ("rtn", "gptq", "awq")
+WAYS = {"rtn": "method", "gptq": "method", "awq": "method", "balanced": "quality"}
 BITS = (4, 3)
 SAMPLES = 64  # windows of calibration text
 WINDOWS = 80  # windows of evaluation text
@@ -58,13 +58,13 @@ def run(out: Path) -> Iterator[Trial]:
     result = api.evaluate(source, **common)
     yield Trial("full precision", _bytes(source), 0.0, result)
     for bits in BITS:
-        for method in METHODS:
+        for method, kind in WAYS.items():
             folder = out / f"{method}-{bits}bit"
             start = time.perf_counter()
             api.quantize(
                 source,
                 folder,
-                method=method,
+                **{kind: method},
                 bits=bits,
                 group_size=64,
                 samples=SAMPLES,

@@ -155,6 +155,7 @@ def test_ctrl_c_leaves_nothing(run, model, text, tmp_path, monkeypatch) -> None:
     [
         ["quantize", "a", "b", "--no-such-option"],
         ["quantize", "a", "b", "--method", "magic"],
+        ["quantize", "a", "b", "--quality", "gptq"],
         ["quantize", "a", "b", "--bits", "four"],
         ["quantize", "a"],
         ["frobnicate"],
@@ -165,6 +166,11 @@ def test_wrong_usage_is_status_2(run, arguments) -> None:
     status, _, stderr = run(*arguments)
     assert status == 2
     assert "Traceback" not in stderr
+
+
+def test_a_quality_and_a_method_at_once(refused, model, text) -> None:
+    options = ("--calibration", text, "--quality", "fast", "--method", "rtn")
+    assert "give one of the two" in refused(model, *options)
 
 
 def test_a_device_that_is_not_there(refused, model, text) -> None:

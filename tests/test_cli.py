@@ -68,9 +68,10 @@ def test_quantize_eval_inspect_generate(run, model: Path, text: Path, tmp_path: 
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("method", ["rtn", "awq", "awq+gptq"])
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq", "awq+gptq", "fast", "balanced"])
 def test_every_method_runs_from_the_command_line(run, model, text, tmp_path, method) -> None:
-    options = ["--method", method, "--calibration", text, "--bits", "3", "--symmetric", *QUICK]
+    kind = "--quality" if method in ("fast", "balanced") else "--method"
+    options = [kind, method, "--calibration", text, "--bits", "3", "--symmetric", *QUICK]
     status, _, stderr = run("quantize", model, tmp_path / "out", *options)
     assert status == 0, stderr
     report = json.loads((tmp_path / "out" / "quantization_report.json").read_text())
@@ -156,12 +157,12 @@ def test_demo_compares_every_method(run, tmp_path, text, monkeypatch) -> None:
     assert status == 0, stderr
     trials = json.loads(stdout.splitlines()[-1])["trials"]
     assert [trial["label"] for trial in trials] == ["full precision"] + [
-        f"{method} 4-bit g64" for method in ("rtn", "gptq", "awq")
+        f"{method} 4-bit g64" for method in ("rtn", "gptq", "awq", "balanced")
     ]
     assert all(trial["kl"] > 0 for trial in trials[1:])
-    assert all(4 < trial["bits_per_weight"] < 4.5 for trial in trials[1:4])
+    assert all(4 < trial["bits_per_weight"] < 4.5 for trial in trials[1:5])
     assert sorted(os.listdir(tmp_path / "out")) == [
-        f"{method}-4bit" for method in ("awq", "gptq", "rtn")
+        f"{method}-4bit" for method in ("awq", "balanced", "gptq", "rtn")
     ]
     assert "perplexity" in stderr
 

@@ -20,7 +20,7 @@ LEVELS = [
     {"solvers.awq_pairs", "residual"},
     {"solvers.awq", "objective"},
     {"quantize", "evaluate", "hf.skeleton", "hf.names"},
-    {"hf.rounding"},
+    {"hf.rounding", "ladder"},
     {"hf.quantizer"},
     {"hf.loading", "hf.saving"},
     {"hf.outline"},
