@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,13 +17,17 @@ import transformers
 from torch import nn
 
 import llmq
-from llmq import demo, hf, plan as planning
-from llmq.calibrate import adds_bos, token_windows
+from llmq import demo, hf, plan as planning, shards
+from llmq.calibrate import adds_bos, check_variety, token_windows
 from llmq.errors import CalibrationError, FormatError, SchemeError
 from llmq.evaluate import Evaluation, evaluate as measure, protocol
+from llmq.gate import TOKENS, Gate
+from llmq.hf.saving import original_folder
+from llmq.hf.streaming import StoredModel
+from llmq.journal import workplace
 from llmq.ladder import chosen
 from llmq.objective import HELD_OUT
-from llmq.output import staged_folder, writing
+from llmq.output import enough_memory, writing
 from llmq.plan import Plan
 from llmq.progress import progress_bar
 from llmq.quantize import (
@@ -41,6 +44,7 @@ from llmq.report import (
     inspect_checkpoint,
     layer_entry,
     peak_memory_bytes,
+    read_report,
     write_report,
 )
 from llmq.scheme import QuantScheme
@@ -48,14 +52,15 @@ from llmq.source import (
     check_path,
     context_length,
     full_precision,
-    map_by_block,
     open_config,
     open_model,
     open_tokenizer,
     pick_device,
     source_headers,
 )
+from llmq.stream import Streamed, stack_name
 from llmq.text import Source, describe
+from llmq.verify import check, fingerprint, seal
 
 _RTN_SAMPLES = 8  # rounding needs no text; these only measure the error that it made
 _BATCH_TOKENS = 2048
@@ -79,6 +84,8 @@ def quantize(
     seed: int = 0,
     join: str = "documents",
     bos: bool | None = None,
+    activations: str = "memory",
+    fresh: bool = False,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Quantize a model and write it to a folder that transformers, vLLM and others load.
@@ -100,6 +107,8 @@ def quantize(
         seed: which windows of the text are used.
         join: "wikitext" if `calibration` is a raw file of wikitext.
         bos: start windows with BOS; None = if the tokenizer does so on its own.
+        activations: "memory", or "disk" to keep the calibration's hidden states in files.
+        fresh: forget an unfinished run into `out`; without it, that run is continued.
         progress: show a bar on standard error if that is a terminal.
 
     Returns:
@@ -107,43 +116,52 @@ def quantize(
         bits_per_weight, seconds, peak_memory_bytes.
 
     Raises:
-        LlmqError: see `llmq.errors`; nothing is left at `out` then.
+        LlmqError: see `llmq.errors`; nothing is left at `out` then. Once blocks are finished, they
+            are kept in a hidden folder beside it, and the same call continues with them.
     """
     start = time.perf_counter()
     method, recipe = chosen(method, quality)
     scheme = QuantScheme(bits, group_size, symmetric)
     recipe = dataclasses.replace(recipe, scheme=scheme, skip=tuple(skip), lm_head=lm_head)
-    with staged_folder(out) as folder:
+    if activations not in ("memory", "disk"):
+        raise SchemeError(f"activations={activations!r}: use memory or disk.")
+    with workplace(out, fresh) as work:
         name = check_path(src)
         config = full_precision(open_config(name), name)
         tokenizer = open_tokenizer(name)
         where = pick_device(device)
         seq_len = _window_length(config, seq_len, 512)
         bos = adds_bos(tokenizer) if bos is None else bos
-        windows = token_windows(
-            demo.calibration_path() if calibration is None else calibration,
+        windows, judge, held_out = _windows(
+            calibration,
             tokenizer,
-            seq_len=seq_len,
+            config,
             samples=min(samples, _RTN_SAMPLES) if method == "rtn" else samples,
+            seq_len=seq_len,
             seed=seed,
             join=join,
             bos=bos,
-            short_ok=calibration is None,
         )
-        _check_vocabulary(windows, config)
-        model = open_model(name)
-        map_by_block(model, name)
-        names = quantizable(model, lm_head)
+        source = StoredModel(original_folder(name))
+        names = quantizable(source.model, lm_head)
         check_groups(names, recipe)
-        check_experts(model, recipe)
+        check_experts(source.model, recipe)
         if not any(recipe.scheme_for(n) for n in names):
             raise SchemeError(f"skip={list(skip)}: nothing is left to quantize.")
-        size = min(_BATCH_TOKENS // seq_len, len(windows) // HELD_OUT)
-        batches = windows.split(max(1, size))
-        reports = run(model, batches, recipe, where)
-        layers = list(_watched(reports, sum(map(bool, map(recipe.scheme_for, names))), progress))
-        with writing(out):
-            hf.save(model, folder, source=name)
+        journal = work.begin(_identity(source, recipe, method, windows, judge, where))
+        if journal.complete and (report := read_report(work.result)):
+            work.publish()
+            return report
+        work.log("go on" if journal.blocks else "start", **journal.identity)
+        with enough_memory():
+            gate = Gate(source, judge, where)
+            store = Streamed(source, work, gate, spill=activations == "disk")
+            size = min(_BATCH_TOKENS // seq_len, len(windows) // HELD_OUT)
+            batches = windows.split(max(1, size))
+            reports = run(source.model, batches, recipe, where, store)
+            total = sum(map(bool, map(recipe.scheme_for, names)))
+            layers = list(_watched(reports, total, progress, store.done))
+            digests, verdict = store.finish()
         report = {
             "source": name,
             "method": method,
@@ -163,10 +181,15 @@ def quantize(
             },
             "seconds": time.perf_counter() - start,
             "peak_memory_bytes": peak_memory_bytes(where),
-            **_outcome(folder, layers),
+            "judged": {**verdict, "held_out": held_out},
+            **_outcome(work.result, layers),
         }
         with writing(out):
-            write_report(folder, report)
+            write_report(work.result, report)
+            seal(work.result, digests)
+            check(work.result)
+            work.log("end", seconds=report["seconds"], **verdict)
+            work.publish()
     return report
 
 
@@ -196,6 +219,54 @@ def plan(
     name = check_path(src)
     config = full_precision(open_config(name), name)
     return planning.make(name, config, source_headers(name), recipe, ranks=tensor_parallel, out=out)
+
+
+def _windows(
+    text: Source | None, tokenizer: Any, config: Any, *, samples: int, bos: bool, **how: Any
+) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """Calibration windows (B, T), one (1, T) to judge by, and whether that is none of them."""
+    windows = token_windows(
+        demo.calibration_path() if text is None else text,
+        tokenizer,
+        samples=samples,
+        bos=bos,
+        short_ok=text is None,
+        spare=1,
+        **how,
+    )
+    _check_vocabulary(windows, config)
+    windows, spare = windows[:samples], windows[samples:]
+    check_variety(windows)
+    judge = (spare if len(spare) else windows)[-1:, :TOKENS]
+    return windows, judge, bool(len(spare))
+
+
+def _identity(
+    source: StoredModel,
+    recipe: Recipe,
+    method: str,
+    windows: torch.Tensor,
+    judge: torch.Tensor,
+    device: str,
+) -> dict[str, Any]:
+    """Everything that determines the bytes of a checkpoint."""
+    scheme = dataclasses.asdict(recipe.scheme)
+    return {
+        "source weights": shards.check_source(source.files),
+        "source config": shards.file_hash(source.folder / "config.json"),
+        "method": method,
+        **scheme,
+        "skip": list(recipe.skip),
+        "lm_head": recipe.lm_head,
+        "recipe": repr(recipe),
+        "calibration tokens": fingerprint(windows),
+        "judged tokens": fingerprint(judge),
+        "calibration shape": list(windows.shape),
+        "device": device,
+        "llmq": llmq.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def evaluate(
@@ -276,12 +347,15 @@ def _outcome(folder: Path, layers: Sequence[LayerReport]) -> dict[str, Any]:
     }
 
 
-def _watched(reports: Iterable[LayerReport], total: int, show: bool) -> Iterator[LayerReport]:
+def _watched(
+    reports: Iterable[LayerReport], total: int, show: bool, done: Iterable[LayerReport]
+) -> Iterator[LayerReport]:
     """Pass reports on under a progress bar; all experts of a stack count as one matrix."""
     seen: set[str] = set()
-    with progress_bar("Quantizing", total, show=show) as advance:
+    before = len({stack_name(report.name) for report in done})
+    with progress_bar("Quantizing", total, show=show, before=before) as advance:
         for report in reports:
-            seen.add(re.sub(r"\.\d+\.(gate_up_proj|down_proj)$", r".\1", report.name))
+            seen.add(stack_name(report.name))
             advance(len(seen))
             yield report
 

@@ -7,7 +7,7 @@ same tensor, and in which order, is observed by running one block once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -40,10 +40,12 @@ class Recording:
         hidden: per batch, the hidden states (B, T, D) that enter the first block.
         calls: calls[i][b] is what block i is called with on batch b. Kept per block: models that
             alternate sliding and full attention pass different masks to different blocks.
+        returns_tuple: whether blocks return (hidden, ...) rather than hidden.
     """
 
-    hidden: list[Tensor]
+    hidden: MutableSequence[Tensor]
     calls: list[list[Call]]
+    returns_tuple: bool
 
 
 class Reached(Exception):
@@ -107,11 +109,22 @@ def replaced(blocks: nn.ModuleList, stand_ins: Sequence[nn.Module]) -> Iterator[
 
 
 @torch.no_grad()
-def record_calls(model: nn.Module, blocks: nn.ModuleList, batches: Sequence[Tensor]) -> Recording:
-    """Run the model on `batches` (int64 (B, T) each) without computing any of its blocks."""
+def record_calls(
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    batches: Sequence[Tensor],
+    first: nn.Module | None = None,
+    hidden: MutableSequence[Tensor] | None = None,
+) -> Recording:
+    """Run the model on `batches` (int64 (B, T) each) without computing any of its blocks.
+
+    `first` is block 0 with its weights, if that of the model has none; `hidden` is where the
+    hidden states are appended, instead of to a new list.
+    """
     calls: list[list[Call]] = [[] for _ in blocks]
-    hidden: list[Tensor] = []
-    returns_tuple = _returns_tuple(model, blocks, batches[0][:1, :8])
+    hidden = [] if hidden is None else hidden
+    with replaced(blocks, [] if first is None else [first]):
+        returns_tuple = _returns_tuple(model, blocks, batches[0][:1, :8])
 
     def enter(i: int, states: Tensor) -> Any:
         if i == 0:
@@ -125,7 +138,7 @@ def record_calls(model: nn.Module, blocks: nn.ModuleList, batches: Sequence[Tens
         for ids in batches:
             with suppress(Reached):
                 model(input_ids=ids, use_cache=False)
-    return Recording(hidden, calls)
+    return Recording(hidden, calls, returns_tuple)
 
 
 def _returns_tuple(model: nn.Module, blocks: nn.ModuleList, ids: Tensor) -> bool:
@@ -190,7 +203,7 @@ def shared_input_groups(block: nn.Module, hidden: Tensor, call: Call) -> list[li
 
 @torch.no_grad()
 def inputs_of(
-    block: nn.Module, name: str, hidden: Sequence[Tensor], calls: Sequence[Call]
+    block: nn.Module, name: str, hidden: Iterable[Tensor], calls: Sequence[Call]
 ) -> Iterator[Any]:
     """Per batch, what the matrix `name` is about to read; the block runs no further than that.
 
@@ -244,12 +257,15 @@ def keep_outputs(block: nn.Module, done: set[str], count: int) -> None:
 
 @torch.no_grad()
 def head_inputs(
-    model: nn.Module, blocks: nn.ModuleList, batches: Sequence[Tensor], hidden: Sequence[Tensor]
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    batches: Sequence[Tensor],
+    hidden: Iterable[Tensor],
+    returns_tuple: bool,
 ) -> Iterator[Tensor]:
     """Per batch, what the output layer reads if the last block returned `hidden`."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     device, dtype = head.weight.device, head.weight.dtype
-    returns_tuple = _returns_tuple(model, blocks, batches[0][:1, :8])
     current: list[Tensor] = []
 
     def resume(_: Tensor) -> Any:
@@ -268,6 +284,21 @@ def head_inputs(
                 yield seen.pop()
     finally:
         model.set_output_embeddings(head)  # type: ignore[operator]
+
+
+@torch.no_grad()
+def logits_behind(
+    model: nn.Module, blocks: nn.ModuleList, ids: Tensor, hidden: Tensor, returns_tuple: bool
+) -> Tensor:
+    """The model's logits (B, T, V) for `ids` (B, T) if the last block returned `hidden`."""
+    embeddings = model.get_input_embeddings().weight  # type: ignore[operator]
+    states = hidden.to(embeddings.device, embeddings.dtype)
+
+    def resume(_: Tensor) -> Any:
+        return (states, None) if returns_tuple else states
+
+    with replaced(blocks, [_StandIn(block, [], resume) for block in blocks]):
+        return model(input_ids=ids.to(embeddings.device), use_cache=False).logits
 
 
 def _cast(value: Any, device: torch.device, dtype: torch.dtype) -> Any:

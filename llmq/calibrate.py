@@ -29,6 +29,7 @@ def token_windows(
     join: str = "documents",
     bos: bool = False,
     short_ok: bool = False,
+    spare: int = 0,
 ) -> Tensor:
     """Cut a source of text into windows of token ids.
 
@@ -42,9 +43,10 @@ def token_windows(
         join: "documents", or "wikitext" for the raw file of wikitext (see `wikitext_rows`).
         bos: start every window with the tokenizer's BOS (ignored for token ids).
         short_ok: give fewer windows than `samples`, at least one, if the text ends before.
+        spare: windows to add at the end that are not among the `samples`, as far as there are any.
 
     Returns:
-        int64 (samples, seq_len).
+        int64 (samples + spare, seq_len).
 
     Raises:
         CalibrationError: the source is missing, unreadable, empty or too short.
@@ -54,7 +56,9 @@ def token_windows(
     if samples is not None and samples < 1:
         raise CalibrationError(f"samples={samples}: at least 1 window is needed.")
     wanted = samples or 1
-    stream, is_text = token_stream(source, tokenizer, join=join, max_tokens=seq_len * wanted)
+    stream, is_text = token_stream(
+        source, tokenizer, join=join, max_tokens=seq_len * (wanted + spare)
+    )
     bos = bos and is_text
     width = seq_len - 1 if bos else seq_len
     available = len(stream) // width
@@ -65,15 +69,30 @@ def token_windows(
         )
     windows = stream[: available * width].view(available, width)
     if samples is not None and seed is None:
-        windows = windows[:samples]
+        windows = windows[: samples + spare]
     elif samples is not None and seed is not None:
         generator = torch.Generator().manual_seed(seed)
-        chosen = torch.randperm(available, generator=generator)[:samples]
-        windows = windows[chosen.sort().values]
+        order = torch.randperm(available, generator=generator)
+        chosen = torch.cat([order[:samples].sort().values, order[samples : samples + spare]])
+        windows = windows[chosen]
     if bos:
         first = torch.full((len(windows), 1), _bos_id(tokenizer))
         windows = torch.cat([first, windows], 1)
     return windows
+
+
+def check_variety(windows: Tensor) -> None:
+    """Refuse calibration windows (B, T) most of which repeat others.
+
+    Raises:
+        CalibrationError: says how many are different.
+    """
+    different = len(windows.unique(dim=0))
+    if different < len(windows) / 2:
+        raise CalibrationError(
+            f"Only {different} of {len(windows)} calibration windows are different: the text "
+            "repeats itself. Give other text, or fewer samples."
+        )
 
 
 def token_stream(

@@ -54,6 +54,13 @@ class Join(str, Enum):
     wikitext = "wikitext"
 
 
+class Activations(str, Enum):
+    """Where hidden states are kept."""
+
+    memory = "memory"
+    disk = "disk"
+
+
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; auto = the GPU if there is one.")]
 AsJson = Annotated[
     bool, typer.Option("--json", help="End standard output with one JSON object on one line.")
@@ -114,6 +121,12 @@ def quantize(
     seed: Annotated[int, typer.Option(help="Which windows of the text are used.")] = 0,
     join: JoinOption = Join.documents,
     bos: Bos = None,
+    activations: Annotated[
+        Activations, typer.Option(help="Where the calibration's hidden states are kept.")
+    ] = Activations.memory,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Forget an unfinished run; else it is continued.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     console = _start(as_json)
@@ -144,6 +157,8 @@ def quantize(
         seed=seed,
         join=join.value,
         bos=bos,
+        activations=activations.value,
+        fresh=fresh,
         progress=True,
     )
     layers = report.pop("layers")
@@ -379,6 +394,23 @@ def bench(
         skipped = ", ".join(map(str, found["left_out"]))
         console.print(f"Left out, beyond the model's context: prompts of {skipped} tokens.")
     _finish(found, as_json)
+
+
+@app.command(help=cli_help.VERIFY)
+def verify(
+    folder: Annotated[Path, typer.Argument(help="Folder that llmq wrote.")],
+    as_json: AsJson = False,
+) -> None:
+    console = _start(as_json)
+    from llmq.verify import check
+
+    names = check(folder)
+    console.print(
+        f"{folder}: {len(names)} files are as they were written; all values are finite.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    _finish({"files": names}, as_json)
 
 
 @app.command(help=cli_help.DEMO)

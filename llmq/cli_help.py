@@ -24,7 +24,9 @@ QUANTIZE = (
     "[bold]Examples[/bold]\n\n"
     "llmq quantize ./model ./model-4bit --calibration c4.txt\n\n"
     "llmq quantize Qwen/Qwen3-8B ./qwen3 --quality fast --calibration chats.jsonl\n\n"
-    "llmq quantize ./model ./out --bits 3 --group-size 32 --skip down_proj"
+    "llmq quantize ./model ./out --bits 3 --group-size 32 --skip down_proj\n\n"
+    "[bold]Stopped?[/bold] The same command goes on where it was, even after a crash; OUT appears "
+    "when it is complete and its result has been checked."
 )
 
 PLAN = (
@@ -72,6 +74,14 @@ BENCH = (
     "[bold]Examples[/bold]\n\n"
     "llmq bench ./model-4bit --reference ./model\n\n"
     "llmq bench ./model-4bit --batch 1,16 --prompt 128 --head-bits 8 --compile"
+)
+
+VERIFY = (
+    "Check that a checkpoint is what llmq wrote.\n\n"
+    "Every file is compared with checksums.sha256, every packed matrix with config.json, and all "
+    "values must be finite. Status 1, and the name of the file, if something is wrong.\n\n"
+    "[bold]Example[/bold]\n\n"
+    "llmq verify ./model-4bit"
 )
 
 DEMO = (

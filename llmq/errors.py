@@ -6,6 +6,8 @@ LlmqError                      the CLI prints it as one line and exits with stat
 |-- SchemeError                bits, group size or symmetry that cannot hold this layer
 |-- CalibrationError           text that is missing, empty or too short
 |-- OutputError                the output folder exists, is not empty, or cannot be written
+|-- IntegrityError             what was computed or written is not usable; no folder was made
+|-- MemoryLimitError           this machine has too little memory for this run
 |-- FormatError                a checkpoint on disk that is not what it claims to be
 `-- BackendError               a backend named by the user cannot run this layer (`why_not`)
 """
@@ -33,6 +35,14 @@ class CalibrationError(LlmqError):
 
 class OutputError(LlmqError):
     """The output folder exists, is not empty, or cannot be written."""
+
+
+class IntegrityError(LlmqError):
+    """What was computed or written is not usable: it would be garbage. No folder was made."""
+
+
+class MemoryLimitError(LlmqError):
+    """This machine has too little memory for what was asked."""
 
 
 class FormatError(LlmqError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from llmq.errors import OutputError
+from llmq.errors import MemoryLimitError, OutputError
+
+_LACK = re.compile(r"out of memory|allocate memory", re.IGNORECASE)  # of CUDA, of torch on CPUs
 
 
 @contextmanager
@@ -51,6 +54,20 @@ def writing(out: str | os.PathLike[str]) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise OutputError(
-            f"{out}: cannot be written: {reason}. Nothing was kept; free some space or choose "
-            "another folder."
+            f"{out}: cannot be written: {reason}. Free some space or choose another folder."
+        ) from error
+
+
+@contextmanager
+def enough_memory() -> Iterator[None]:
+    """Turn a lack of memory, of the machine or its GPU, into a MemoryLimitError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        told = str(error)
+        if not (isinstance(error, MemoryError) or _LACK.search(told)):
+            raise
+        raise MemoryLimitError(
+            f"Out of memory ({told.strip().splitlines()[0][:120] if told.strip() else 'malloc'}). "
+            "Free some, add --activations disk, or take fewer or shorter --samples."
         ) from error

@@ -18,11 +18,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from llmq.hf.outline import DTYPES, outline, pack_outline, stored_bytes
+from llmq.hf.outline import outline, pack_outline, stored_bytes
 from llmq.nn import STACKS, packed_modules
 from llmq.quantize import Recipe, check_experts, quantizable
 from llmq.report import Header
 from llmq.scheme import QuantScheme
+from llmq.shards import DTYPES
 
 GROUPS = (128, 64, 32)
 

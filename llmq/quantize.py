@@ -7,15 +7,17 @@
             H = second moment of that tensor   (moments; the block is run up to there)
             solve every linear of the group    (solvers)
             run with the quantized weights from here on
-        put packed layers in their place       (nn)
+        put packed layers in their place       (store)
 
 So every linear is solved for the inputs that it will really see, behind layers that are already
-quantized ("true sequential").
+quantized ("true sequential"). A `Store` says where blocks come from and go to: `InMemory` is the
+model itself, `stream.Streamed` reads them from files one at a time and writes them as they finish.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -33,14 +35,15 @@ from llmq.blocks import (
     run_block,
     shared_input_groups,
 )
-from llmq.errors import NonFiniteError, SchemeError
+from llmq.errors import IntegrityError, NonFiniteError, SchemeError
 from llmq.moments import second_moments
-from llmq.nn import STACKS, PackedExperts, PackedLinear, is_stacked_experts
+from llmq.nn import STACKS, PackedLinear, is_stacked_experts
 from llmq.objective import Problem, Twin, posed
 from llmq.scheme import QuantizedWeight, QuantScheme
 from llmq.solvers import Solver
 from llmq.solvers.awq import AWQ
 from llmq.solvers.gptq import GPTQ
+from llmq.store import InMemory, LayerReport, Store
 
 PROBE = 32  # tokens with which structure is observed and smoothing pairs are proven
 
@@ -74,28 +77,6 @@ class Recipe:
         return None if skipped else self.scheme
 
 
-@dataclass(frozen=True)
-class LayerReport:
-    """What became of one matrix.
-
-    Attributes:
-        name: module name; experts of a stack are numbered, as in "...experts.3.down_proj".
-        shape: (N, K).
-        scheme: its number format.
-        error: expected squared error of its output over that of the output, tr(D H D^T) /
-            tr(W H W^T), for the inputs seen in calibration.
-        tokens: calibration tokens that reached it.
-        seconds: spent in the solver (shared equally by matrices that were solved together).
-    """
-
-    name: str
-    shape: tuple[int, int]
-    scheme: QuantScheme
-    error: float
-    tokens: int
-    seconds: float
-
-
 def quantizable(model: nn.Module, lm_head: bool = False) -> dict[str, tuple[int, int]]:
     """Names and shapes (N, K) of all matrices in the decoder blocks; stacks count once.
 
@@ -121,6 +102,7 @@ def quantize(
     batches: Sequence[Tensor],
     recipe: Recipe,
     device: torch.device | str | None = None,
+    store: Store | None = None,
 ) -> Iterator[LayerReport]:
     """Quantize `model` in place; yield one report per matrix, in the order they are solved.
 
@@ -129,25 +111,38 @@ def quantize(
         batches: calibration tokens, int64 (B, T) each; batches may differ in shape.
         recipe: what to do.
         device: where blocks are run and solved (default: where the model is).
+        store: where blocks come from and go to (default: the model itself).
 
     Raises:
         SchemeError: the group size does not divide a layer; nothing has been changed then.
         NonFiniteError: an activation is NaN or infinite.
+        IntegrityError: a layer's output error is that of zeros, or NaN.
     """
     check_groups(quantizable(model, recipe.lm_head), recipe)
     check_experts(model, recipe)
     prefix, blocks = decoder_blocks(model)
-    recording = record_calls(model, blocks, batches)
-    probes = record_calls(model, blocks, [batches[0][:1, :PROBE]])
-    hidden = recording.hidden
+    store = store or InMemory(blocks)
+    hidden, *more = streams = store.streams(2 if recipe.match else 1)
+    full = more[0] if more else []  # the same, never quantized
+    with store.outer():
+        first = store.open(0)
+        entering = deque(maxlen=1) if hidden else hidden  # those of a resumed run are further
+        recording = record_calls(model, blocks, batches, first, entering)
+        probes = record_calls(model, blocks, [batches[0][:1, :PROBE]], first)
+        del first
     where = torch.device(device) if device is not None else hidden[0].device
     dtype = run_dtype(hidden[0].dtype, where)
-    for b, states in enumerate(hidden):
-        hidden[b] = states.to(where, dtype)
+    for stream in streams:
+        for b, states in enumerate(stream):
+            if (moved := states.to(where, dtype)) is not states:
+                stream[b] = moved
 
-    full = list(hidden) if recipe.match else []  # the same, never quantized
+    if recipe.match and not full:
+        full.extend(hidden)
 
-    for i, block in enumerate(blocks):
+    yield from store.done
+    for i in range(store.start, len(blocks)):
+        block = store.open(i)
         view = as_linears(shared_copy(block))  # the block's own tensors
         work = run_copy(view, where, dtype)  # what runs, and takes on quantized weights
         calls = [call.to(where, dtype) for call in recording.calls[i]]
@@ -158,6 +153,7 @@ def quantize(
         groups = shared_input_groups(work, *probe)
         twin = Twin(work, full, groups, probe) if recipe.match else None
         solved: dict[str, list[QuantizedWeight]] = {}
+        reports: list[LayerReport] = []
         done: set[str] = set()
         for group in groups:
             done.update(group)
@@ -166,20 +162,25 @@ def quantize(
                 continue
             problems = posed(work, group[0], hidden, calls, twin)
             _check(problems, f"{prefix}.{i}.{group[0]}")
-            for name, report, results in _solve_group(view, work, chosen, problems, recipe.solver):
+            for name, found, results in _solve_group(view, work, chosen, problems, recipe.solver):
                 solved[name] = results
-                yield from (_named(r, f"{prefix}.{i}") for r in report)
-            keep_outputs(work, done, len(calls))
-            if twin:
-                keep_outputs(twin.block, done, len(calls))
+                reports += [_named(report, f"{prefix}.{i}") for report in found]
+                yield from reports[-len(found) :]
+            if not store.lean:
+                keep_outputs(work, done, len(calls))
+                if twin:
+                    keep_outputs(twin.block, done, len(calls))
         for b, call in enumerate(calls):
-            hidden[b] = run_block(work, hidden[b], call)
+            hidden[b] = _finite(run_block(work, hidden[b], call), f"{prefix}.{i}")
             if twin:
                 full[b] = run_block(twin.block, full[b], call)
-        _pack(block, solved)
+        del view, work, twin
+        store.close(i, block, solved, reports)
         recording.calls[i].clear()
     if recipe.lm_head:
-        yield from _quantize_head(model, blocks, batches, hidden, recipe)
+        with store.outer():
+            inputs = head_inputs(model, blocks, batches, hidden, recording.returns_tuple)
+            yield from _quantize_head(model, inputs, recipe)
 
 
 def check_groups(shapes: dict[str, tuple[int, int]], recipe: Recipe) -> None:
@@ -223,18 +224,14 @@ def check_experts(model: nn.Module, recipe: Recipe) -> None:
 
 
 def _quantize_head(
-    model: nn.Module,
-    blocks: nn.ModuleList,
-    batches: Sequence[Tensor],
-    hidden: Sequence[Tensor],
-    recipe: Recipe,
+    model: nn.Module, inputs: Iterator[Tensor], recipe: Recipe
 ) -> Iterator[LayerReport]:
-    """Solve the output layer for what the quantized blocks feed it."""
+    """Solve the output layer for `inputs`, which the quantized blocks feed it."""
     name = _head_name(model)
     scheme = recipe.scheme_for(name)
     if scheme is None:
         return
-    [(H, count)] = second_moments(head_inputs(model, blocks, batches, hidden))
+    [(H, count)] = second_moments(inputs)
     W = model.get_parameter(f"{name}.weight").data
     start = time.perf_counter()
     q = recipe.solver.solve(W.to(H.device), H, scheme)
@@ -266,6 +263,20 @@ def _check(problems: list[Problem], name: str) -> None:
         )
 
 
+def _finite(states: Tensor, block: str) -> Tensor:
+    """`states`, if they are finite.
+
+    Raises:
+        NonFiniteError: names the block.
+    """
+    if not bool(states.isfinite().all()):
+        raise NonFiniteError(
+            f"{block}: its output is NaN or infinite in calibration. The model overflows in its "
+            "dtype on this text; convert it to bfloat16 or float32."
+        )
+    return states
+
+
 def _solve_group(
     view: nn.Module,
     work: nn.Module,
@@ -293,10 +304,25 @@ def _solve_group(
                 label = _expert_name(n, e) if len(problems) > 1 else n
                 error = relative_error(W, q, H)
                 report = LayerReport(label, q.shape, scheme, error, problem.tokens, seconds)
-                reports[n].append(report)
+                reports[n].append(_usable(report))
                 results[n].append(q)
         for n in names:
             yield n, reports[n], results[n]
+
+
+def _usable(report: LayerReport) -> LayerReport:
+    """`report`, if its error is below that of a layer of zeros.
+
+    Raises:
+        IntegrityError: names the layer.
+    """
+    if not report.error < 1:  # NaN is not
+        raise IntegrityError(
+            f"{report.name}: its relative output error is {report.error:.3g} at "
+            f"{report.scheme.bits} bits: zeros would do as well. Use more bits, smaller groups or "
+            f"other calibration text, or skip it (--skip '{report.name}')."
+        )
+    return report
 
 
 def _expert_name(stack: str, expert: int) -> str:
@@ -321,24 +347,6 @@ def _split(q: QuantizedWeight, like: list[Tensor]) -> list[QuantizedWeight]:
     sizes = [len(W) for W in like]
     parts = zip(q.codes.split(sizes), q.scale.split(sizes), q.zero.split(sizes), strict=True)
     return [QuantizedWeight(q.scheme, *(t.contiguous() for t in part)) for part in parts]
-
-
-def _pack(block: nn.Module, solved: dict[str, list[QuantizedWeight]]) -> None:
-    """Put packed modules where the solved linears and experts of `block` are."""
-    for name, results in solved.items():
-        parent, _, leaf = name.rpartition(".")
-        device = next(block.parameters()).device
-        if leaf == "gate_up_proj" and f"{parent}.down_proj" in solved and len(results) > 1:
-            experts = block.get_submodule(parent)
-            down = solved[f"{parent}.down_proj"]
-            packed = PackedExperts.from_quantized(experts, results, down).to(device)
-        elif len(results) > 1:
-            continue  # the other half of an expert stack
-        else:
-            bias = getattr(block.get_submodule(name), "bias", None)
-            packed = PackedLinear.from_quantized(results[0], bias).to(device)
-        packed.prepare()
-        block.set_submodule(parent if len(results) > 1 else name, packed)
 
 
 def _named(report: LayerReport, prefix: str) -> LayerReport:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import get_safetensors_metadata
 from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError
-from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from llmq import hf
-from llmq.blocks import decoder_blocks
 from llmq.errors import BackendError, NonFiniteError, SourceError
 from llmq.fuse import fuse_on_gpu
 from llmq.report import Header, tensor_headers
@@ -133,37 +130,6 @@ def open_model(src: str, device: str = "cpu") -> PreTrainedModel:
     model.to(device).eval()
     fuse_on_gpu(model)  # moving the model undid it
     return model
-
-
-def map_by_block(model: PreTrainedModel, src: str) -> None:
-    """Map the weights of each decoder block from their files on their own.
-
-    One mapping per file, as transformers makes it, stays in memory as long as any of its tensors
-    lives. Mapped block by block, weights enter memory when their block is reached and leave it
-    when the block has been packed. Does nothing for tensors that are not stored as the model
-    holds them, or if `src` is not a folder of safetensors.
-    """
-    where: dict[str, Path] = {}
-    for path in sorted(Path(src).glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            where.update(dict.fromkeys(file.keys(), path))
-    prefix, _ = decoder_blocks(model)
-    parts: dict[str, list[str]] = {}
-    for name in where.keys() & dict(model.named_parameters()).keys():
-        inner = name.removeprefix(f"{prefix}.")
-        parts.setdefault(inner.partition(".")[0] if inner != name else "", []).append(name)
-    for names in parts.values():
-        with ExitStack() as stack:
-            files = {
-                path: stack.enter_context(safe_open(path, "pt"))
-                for path in {where[name] for name in names}
-            }
-            for name in names:
-                parameter = model.get_parameter(name)
-                tensor = files[where[name]].get_tensor(name)
-                if (tensor.shape, tensor.dtype) == (parameter.shape, parameter.dtype):
-                    # Norms and biases stay; they must not hold on to the mapping.
-                    parameter.data = tensor if tensor.ndim > 1 else tensor.clone()
 
 
 def check_finite(model: nn.Module) -> None:

@@ -128,7 +128,7 @@ def test_an_output_folder_that_is_not_empty(refused, model, text, tmp_path) -> N
 def test_a_disk_that_is_full(refused, model, text) -> None:
     """The operating system refuses to let a file grow, as a full disk or a quota does."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
         line = refused(model, "--calibration", text)
     finally:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,21 +14,7 @@ from llmq.hf.saving import SHARD_SIZE, checkpoint_tensors, shard_index, shards
 from llmq.hf.skeleton import out_in, put
 from llmq.nn import STACKS, PackedExperts, PackedLinear, is_stacked_experts
 from llmq.scheme import QuantScheme
-
-# Names in safetensors headers, in the order in which a file stores its tensors.
-DTYPES = {
-    "I64": torch.int64,
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "I32": torch.int32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_ORDER = list(DTYPES.values())
+from llmq.shards import file_bytes
 
 
 def outline(config: Any, dtype: torch.dtype) -> PreTrainedModel:
@@ -76,20 +60,7 @@ def stored_bytes(model: nn.Module, known: set[str], max_shard_size: int | str = 
     tensors = checkpoint_tensors(model, known)
     split = shards(tensors, max_shard_size)
     total = sum(
-        _file_bytes({key: tensors[key] for key in keys})
+        file_bytes({key: tensors[key] for key in keys})
         for keys in split.filename_to_tensors.values()
     )
     return total + (len(shard_index(split).encode()) if split.is_sharded else 0)
-
-
-def _file_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
-    """Size of one safetensors file: 8 bytes, a JSON header padded to 8 bytes, the tensors."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for key in sorted(tensors, key=lambda key: (_ORDER.index(tensors[key].dtype), key)):
-        tensor = tensors[key]
-        start, end = end, end + math.prod(tensor.shape) * tensor.element_size()
-        entry = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape)}
-        header[key] = {**entry, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    return 8 + -(-len(text) // 8) * 8 + end

@@ -151,6 +151,20 @@ def _cast(model: Any, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
+def convert_packed(model: Any) -> LlmqQuantizer:
+    """Let the conversions from the names of `model` to those of its files know packed tensors."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if not (isinstance(quantizer, LlmqQuantizer) and quantizer.pre_quantized):
+        quantizer = LlmqQuantizer(LlmqConfig(), pre_quantized=True)
+        transforms = getattr(model, "_weight_conversions", None)
+        if transforms is None:
+            transforms = get_model_conversion_mapping(model, add_legacy=False)
+            transforms = [t for t in transforms if not isinstance(t, PrefixChange)]
+        model._weight_conversions = quantizer.update_weight_conversions(transforms, model)
+        model.hf_quantizer = quantizer
+    return quantizer
+
+
 def attach(model: Any) -> None:
     """Make `model`, whose modules were packed in memory, what loading it would have made it.
 
@@ -160,20 +174,12 @@ def attach(model: Any) -> None:
     Raises:
         SchemeError: the model has no packed module.
     """
-    quantizer = getattr(model, "hf_quantizer", None)
-    if not (isinstance(quantizer, LlmqQuantizer) and quantizer.pre_quantized):
-        quantizer = LlmqQuantizer(LlmqConfig(), pre_quantized=True)
-        transforms = getattr(model, "_weight_conversions", None)
-        if transforms is None:
-            transforms = get_model_conversion_mapping(model, add_legacy=False)
-            transforms = [t for t in transforms if not isinstance(t, PrefixChange)]
-        model._weight_conversions = quantizer.update_weight_conversions(transforms, model)
+    quantizer = convert_packed(model)
     if isinstance(model.get_output_embeddings(), PackedLinear):
         model.config.tie_word_embeddings = False
         model.all_tied_weights_keys = {}
     config = LlmqConfig(checkpoint=checkpoint_config(model))
     quantizer.quantization_config = config
-    model.hf_quantizer = quantizer
     model.is_quantized = True
     model.quantization_method = config.quant_method
     model.config.quantization_config = config

@@ -80,7 +80,7 @@ def save(
         SourceError: `source` has no config.json, or weights of `model` are offloaded.
     """
     attach(model)
-    original = None if source is None else _original(source)
+    original = None if source is None else original_folder(source)
     with staged_folder(out) as folder, writing(out):
         known = set() if original is None else _keys(original)
         tensors = checkpoint_tensors(model, known)
@@ -90,28 +90,37 @@ def save(
                 "model.save_pretrained, which reads offloaded weights back."
             )
         _write_weights(folder, tensors, max_shard_size)
-        if original is None:
-            if model.can_generate():
-                model.generation_config.save_pretrained(folder)
-        else:
-            for path in sorted({p for glob in COMPANIONS for p in original.glob(glob)}):
-                if path.is_file():
-                    target = folder / path.relative_to(original)
-                    target.parent.mkdir(exist_ok=True)
-                    shutil.copyfile(path, target)
+        write_companions(model, folder, original)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        config = json.dumps(_config(model, original), indent=2, ensure_ascii=False) + "\n"
-        (folder / "config.json").write_text(config, encoding="utf-8")
     return Path(out)
 
 
-def _original(source: str | Path) -> Path:
-    """The folder that holds `source`."""
+def write_companions(model: Any, folder: Path, original: Path | None) -> None:
+    """Everything of a checkpoint but its weights: config.json, tokenizer, chat template, ..."""
+    if original is None:
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
+    else:
+        for path in sorted({p for glob in COMPANIONS for p in original.glob(glob)}):
+            if path.is_file():
+                target = folder / path.relative_to(original)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, target)
+    config = json.dumps(_config(model, original), indent=2, ensure_ascii=False) + "\n"
+    (folder / "config.json").write_text(config, encoding="utf-8")
+
+
+def original_folder(source: str | Path) -> Path:
+    """The folder that holds `source`, of the Hub's cache if `source` is a name on the Hub.
+
+    Raises:
+        SourceError: neither, or it has no config.json.
+    """
     folder = Path(source)
     if not folder.is_dir():
         try:
-            wanted = ["config.json", "*.safetensors", *COMPANIONS]
+            wanted = ["config.json", "model*.safetensors", "model*.json", *COMPANIONS]
             folder = Path(snapshot_download(str(source), allow_patterns=wanted))
         except (HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
             raise SourceError(f"{source}: neither a folder nor a model on the Hub.") from error
@@ -120,14 +129,17 @@ def _original(source: str | Path) -> Path:
     return folder
 
 
-def checkpoint_tensors(model: Any, known: Collection[str]) -> dict[str, Tensor]:
+def checkpoint_tensors(
+    model: Any, known: Collection[str], part: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """Every tensor to write, under the original's names.
 
     Args:
         model: packed and attached; on meta, tensors are shapes and dtypes only.
         known: keys of the original checkpoint; empty = the model's own names.
+        part: whole blocks of the model's state dict; None = all of it.
     """
-    own = model.state_dict()
+    own = dict(model.state_dict() if part is None else part)
     for key, kept in model.all_tied_weights_keys.items():
         if key in own and kept in own and own[key].data_ptr() == own[kept].data_ptr():
             del own[key]

@@ -1,0 +1,254 @@
+"""Quantize a checkpoint into another one with one block in memory at a time.
+
+`Streamed` is the `Store` of the flow for files: a block's weights are read when the flow gets to
+it, and what became of it is packed, written and forgotten when it is finished. The journal then
+names it, and the hidden states that leave it, so that a run that was stopped goes on from there.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping, MutableSequence, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmq import shards
+from llmq.gate import Gate
+from llmq.hf import saving
+from llmq.hf.outline import pack_outline
+from llmq.hf.saving import checkpoint_tensors, write_companions
+from llmq.hf.streaming import StoredModel
+from llmq.journal import Workplace
+from llmq.output import writing
+from llmq.report import layer_entry
+from llmq.scheme import QuantizedWeight, QuantScheme
+from llmq.store import LayerReport, pack
+from llmq.verify import check_part
+
+_REST = "rest.safetensors"
+
+
+class Streamed:
+    """A `store.Store` from files to files.
+
+    Args:
+        source: the full-precision checkpoint.
+        work: where finished blocks are written; its journal has begun.
+        gate: judges the result; its streams are kept beside those of the flow.
+        spill: keep hidden states in memory-mapped files instead of in memory.
+
+    Raises:
+        OutputError: nothing can be written any more.
+        IntegrityError: what was computed or written is not usable.
+    """
+
+    def __init__(
+        self, source: StoredModel, work: Workplace, gate: Gate, spill: bool = False
+    ) -> None:
+        self._source = source
+        self._work = work
+        self._gate = gate
+        self.lean = spill
+        self._judged: States  # the gate's
+        self._streams: list[MutableSequence[Tensor]] = []
+        self._files: list[States] = []
+        self.start = len(work.journal.blocks)
+        self.done = [_report(e) for block in work.journal.blocks for e in block["layers"]]
+
+    def outer(self) -> AbstractContextManager[None]:
+        return self._source.outer()
+
+    def open(self, index: int) -> nn.Module:
+        for states in (*self._files, self._judged):
+            states.boundary = index + 1
+        self._opened = time.perf_counter()
+        return self._source.block(index)
+
+    def streams(self, count: int) -> Sequence[MutableSequence[Tensor]]:
+        found = self._work.journal.streams or [[] for _ in range(count + 1)]
+        files = [States(self._work.folder, n, entries) for n, entries in enumerate(found)]
+        *self._files, self._judged = files
+        if not self._judged:
+            self._gate.start(self._judged)
+        self._streams = [s if self.lean else [t.clone() for t in s] for s in self._files]
+        return self._streams
+
+    def close(
+        self,
+        index: int,
+        block: nn.Module,
+        solved: Mapping[str, Sequence[QuantizedWeight]],
+        reports: Sequence[LayerReport],
+    ) -> None:
+        prefix = f"{self._source.prefix}.{index}"
+        name = f"part-{index:05}.safetensors"
+        journal = self._work.journal
+        with writing(self._work.out):
+            self._gate.step(index, block, solved, self._judged)
+        pack(block, solved)
+        own = {f"{prefix}.{key}": tensor for key, tensor in block.state_dict().items()}
+        with writing(self._work.out):
+            digest = self._write(name, own)
+            self._check(name, prefix, solved)
+            if not self.lean:
+                for states, tensors in zip(self._files, self._streams, strict=True):
+                    states[:] = tensors
+            old = {entry["file"] for entries in journal.streams for entry in entries}
+            journal.streams = [list(states.entries) for states in (*self._files, self._judged)]
+            layers = [layer_entry(report) for report in reports]
+            journal.blocks.append({"file": name, "sha256": digest, "layers": layers})
+            self._work.commit()
+            worst = max(reports, key=lambda report: report.error, default=None)
+            self._work.log(
+                "block",
+                block=prefix,
+                seconds=round(time.perf_counter() - self._opened, 3),
+                worst=worst and worst.name,
+                error=worst and worst.error,
+            )
+            for file in old - {entry["file"] for new in journal.streams for entry in new}:
+                (self._work.folder / file).unlink()
+
+    def finish(self) -> tuple[dict[str, str], dict[str, Any]]:
+        """Write the checkpoint into `work.result`, from finished blocks and the rest.
+
+        Returns:
+            the SHA-256 of its shards, and what the gate says.
+        """
+        source, work = self._source, self._work
+        digests: dict[str, str] = {}
+        verdict = self._gate.verdict(self._judged)
+        with writing(work.out):
+            work.result.mkdir(exist_ok=True)
+            with source.outer():
+                own = source.model.state_dict()
+                outside = [key for key in own if not key.startswith(f"{source.prefix}.")]
+                self._write(_REST, {key: own[key] for key in outside})
+            found = shards.entries(work.folder / _REST)
+            for part in work.journal.blocks:
+                found |= shards.entries(work.folder / part["file"])
+            pack_outline(source.model, self._schemes())
+            expected = checkpoint_tensors(source.model, source.keys)
+            split = saving.shards(expected)
+            for name, keys in split.filename_to_tensors.items():
+                tensors = {key: found[key] for key in keys}
+                digests[name] = shards.combine(tensors, work.result / name)
+            if split.is_sharded:
+                (work.result / shards.INDEX).write_text(saving.shard_index(split))
+            write_companions(source.model, work.result, source.folder)
+        return digests, verdict
+
+    def _write(self, name: str, own: dict[str, Tensor]) -> str:
+        tensors = checkpoint_tensors(self._source.model, self._source.keys, own)
+        return shards.write(self._work.folder / name, tensors)
+
+    def _check(
+        self, file: str, prefix: str, solved: Mapping[str, Sequence[QuantizedWeight]]
+    ) -> None:
+        """Unpack what was written and compare it with what was solved."""
+
+        def stored(part: Callable[[QuantizedWeight], Tensor]) -> dict[str, Tensor]:
+            """One tensor per matrix, named and shaped like the dense weights of the original."""
+            own = {}
+            for name, results in solved.items():
+                values = [part(q) for q in results]
+                stacked = len(values) > 1
+                key = f"{prefix}.{name}" if stacked else f"{prefix}.{name}.weight"
+                own[key] = torch.stack(values) if stacked else values[0]
+            found = checkpoint_tensors(self._source.model, self._source.keys, own)
+            # transformers 5.17 drops dimensions of size one.
+            return {key: t.unsqueeze(-1) if t.ndim == 1 else t for key, t in found.items()}
+
+        bits = stored(lambda q: torch.full((q.shape[0], 1), q.scheme.bits))
+        check_part(
+            self._work.folder / file,
+            {key: int(tensor.flatten()[0]) for key, tensor in bits.items()},
+            stored(lambda q: q.codes),
+            stored(lambda q: q.scale),
+            stored(lambda q: q.zero),
+        )
+
+    def _schemes(self) -> dict[str, QuantScheme]:
+        """Scheme of every packed matrix or stack of experts in the finished blocks."""
+        reports = [_report(e) for block in self._work.journal.blocks for e in block["layers"]]
+        return {stack_name(report.name): report.scheme for report in reports}
+
+
+class States(MutableSequence[Tensor]):
+    """Hidden states in files, one file per batch, mapped into memory while they are used.
+
+    Attributes:
+        entries: per batch its file and what is in it, as a journal keeps it.
+        boundary: how many blocks the states have gone through that are written from now on; a
+            part of their files' names, so that those of the last boundary are still there.
+    """
+
+    def __init__(self, folder: Path, number: int, entries: Sequence[dict[str, Any]]) -> None:
+        self._folder = folder
+        self._number = number
+        self._device = torch.device("cpu")
+        self.entries = list(entries)
+        self.boundary = 0
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        entry = self.entries[index]
+        dtype = shards.DTYPES[entry["dtype"]]
+        path, size = str(self._folder / entry["file"]), entry["bytes"]
+        flat = torch.from_file(path, shared=False, size=size, dtype=torch.uint8)
+        return flat.view(dtype).view(entry["shape"]).to(self._device)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        if isinstance(index, slice):
+            self.entries[:] = [self._entry(i, states) for i, states in enumerate(value)]
+        else:
+            self.entries[index] = self._entry(index, value)
+
+    def __delitem__(self, index: Any) -> None:
+        del self.entries[index]
+
+    def insert(self, index: int, value: Tensor) -> None:
+        self.entries.insert(index, self._entry(index, value))
+
+    def _entry(self, index: int, states: Tensor) -> dict[str, Any]:
+        self._device = states.device
+        name = f"stream-{self._number}-{self.boundary:05}-{index:05}.bin"
+        new = self._folder / f"{name}.new"  # what is mapped must not become shorter
+        digest = shards.write_bytes(new, [], [states])
+        new.replace(self._folder / name)
+        dtype = shards.name_of(states.dtype)
+        shape = list(states.shape)
+        return {
+            "file": name,
+            "sha256": digest,
+            "dtype": dtype,
+            "shape": shape,
+            "bytes": states.nbytes,
+        }
+
+
+def stack_name(name: str) -> str:
+    """The stack that an expert's matrix belongs to; other names as they are."""
+    return re.sub(r"\.\d+\.(gate_up_proj|down_proj)$", r".\1", name)
+
+
+def _report(entry: Mapping[str, Any]) -> LayerReport:
+    """Undo `report.layer_entry`."""
+    scheme = QuantScheme(entry["bits"], entry["group_size"], entry["symmetric"])
+    return LayerReport(
+        entry["name"],
+        tuple(entry["shape"]),
+        scheme,
+        entry["error"],
+        entry["tokens"],
+        entry["seconds"],
+    )
