@@ -21,6 +21,7 @@ from llmq.errors import IntegrityError
 from llmq.hf.streaming import StoredModel
 from llmq.scheme import QuantizedWeight
 from llmq.solvers.rtn import RTN
+from llmq.store import LayerReport
 
 TOKENS = 256  # at most
 # Limits in nats per token. Broken models are several nats off; the slack is for tiny models and
@@ -134,6 +135,20 @@ class Gate:
         chosen = logits[:, :-1].float().log_softmax(-1)
         picked = chosen.gather(-1, self._tokens[:, 1:, None].to(chosen.device))
         return math.exp(min(float(-picked.mean()), 700.0))
+
+
+def check_layer(report: LayerReport) -> None:
+    """Refuse a layer that is no better than one of zeros.
+
+    Raises:
+        IntegrityError: names the layer.
+    """
+    if not report.error < 1:  # NaN is not
+        raise IntegrityError(
+            f"{report.name}: its relative output error is {report.error:.3g} at "
+            f"{report.scheme.bits} bits: zeros would do as well. Use more bits, smaller groups or "
+            f"other calibration text, or skip it (--skip '{report.name}')."
+        )
 
 
 def _kl(full: Tensor, other: Tensor) -> float:

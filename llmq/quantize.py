@@ -16,6 +16,7 @@ model itself, `stream.Streamed` reads them from files one at a time and writes t
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -116,7 +117,7 @@ def quantize(
     Raises:
         SchemeError: the group size does not divide a layer; nothing has been changed then.
         NonFiniteError: an activation is NaN or infinite.
-        IntegrityError: a layer's output error is that of zeros, or NaN.
+        IntegrityError: a solver returned NaN.
     """
     check_groups(quantizable(model, recipe.lm_head), recipe)
     check_experts(model, recipe)
@@ -164,7 +165,7 @@ def quantize(
             _check(problems, f"{prefix}.{i}.{group[0]}")
             for name, found, results in _solve_group(view, work, chosen, problems, recipe.solver):
                 solved[name] = results
-                reports += [_named(report, f"{prefix}.{i}") for report in found]
+                reports += [_sound(_named(report, f"{prefix}.{i}")) for report in found]
                 yield from reports[-len(found) :]
             if not store.lean:
                 keep_outputs(work, done, len(calls))
@@ -304,25 +305,10 @@ def _solve_group(
                 label = _expert_name(n, e) if len(problems) > 1 else n
                 error = relative_error(W, q, H)
                 report = LayerReport(label, q.shape, scheme, error, problem.tokens, seconds)
-                reports[n].append(_usable(report))
+                reports[n].append(report)
                 results[n].append(q)
         for n in names:
             yield n, reports[n], results[n]
-
-
-def _usable(report: LayerReport) -> LayerReport:
-    """`report`, if its error is below that of a layer of zeros.
-
-    Raises:
-        IntegrityError: names the layer.
-    """
-    if not report.error < 1:  # NaN is not
-        raise IntegrityError(
-            f"{report.name}: its relative output error is {report.error:.3g} at "
-            f"{report.scheme.bits} bits: zeros would do as well. Use more bits, smaller groups or "
-            f"other calibration text, or skip it (--skip '{report.name}')."
-        )
-    return report
 
 
 def _expert_name(stack: str, expert: int) -> str:
@@ -351,3 +337,17 @@ def _split(q: QuantizedWeight, like: list[Tensor]) -> list[QuantizedWeight]:
 
 def _named(report: LayerReport, prefix: str) -> LayerReport:
     return LayerReport(**{**vars(report), "name": f"{prefix}.{report.name}"})
+
+
+def _sound(report: LayerReport) -> LayerReport:
+    """`report`, if its error is a number.
+
+    Raises:
+        IntegrityError: names the layer.
+    """
+    if not math.isfinite(report.error):
+        raise IntegrityError(
+            f"{report.name}: its quantized weight is NaN or infinite: a fault of the solver. "
+            f"Skip this layer (--skip '{report.name}') or use another method."
+        )
+    return report

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq import shards
-from llmq.gate import Gate
+from llmq.gate import Gate, check_layer
 from llmq.hf import saving
 from llmq.hf.outline import pack_outline
 from llmq.hf.saving import checkpoint_tensors, write_companions
@@ -85,6 +85,8 @@ class Streamed:
         solved: Mapping[str, Sequence[QuantizedWeight]],
         reports: Sequence[LayerReport],
     ) -> None:
+        for report in reports:
+            check_layer(report)
         prefix = f"{self._source.prefix}.{index}"
         name = f"part-{index:05}.safetensors"
         journal = self._work.journal
