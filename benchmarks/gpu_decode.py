@@ -88,7 +88,8 @@ def random_model(sizes: dict[str, Any], device: torch.device, bits: int | None, 
 
     config = LlamaConfig(**sizes, tie_word_embeddings=False)
     with torch.device("meta"):
-        model: Any = LlamaForCausalLM(config).to(torch.bfloat16)
+        model: Any = LlamaForCausalLM(config)
+    model = model.to(torch.bfloat16)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear) and bits is not None:
             K, N = layer.in_features, layer.out_features
@@ -106,7 +107,8 @@ def random_model(sizes: dict[str, Any], device: torch.device, bits: int | None, 
                 made = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
                 made = made.fill_(1) if made.ndim == 1 else made.normal_(std=made.shape[1] ** -0.5)
                 setattr(module, name, nn.Parameter(made, requires_grad=False))
-    model.model.rotary_emb = type(model.model.rotary_emb)(config, device=device)
+    with device:
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)
     model.eval()
     prepare(model)
     fuse_on_gpu(model)
@@ -118,7 +120,7 @@ def decoding(report, device, roof: float, batches, *, dry: bool = False) -> None
     from llmq.bench import measure
 
     sizes = TINY if dry else LLAMA_8B
-    modes = ["eager"] if dry else ["graph", "compiled graph"]
+    modes: list[Any] = ["eager"] if dry else ["graph", "compiled graph"]
     prompt, tokens = (8, 4) if dry else (128, 128)
     for name, bits in (("packed", 4), ("dense", None)):
         try:

@@ -1,9 +1,11 @@
-"""Draw the table of perplexity.py: KL to the full model against stored bits per weight.
+"""Draw the results of perplexity.py or of on_gpu.py.
 
     python benchmarks/plot.py [RESULTS.json] [OUT.svg]
 
-One panel per model, one line per method. Readable on light and on dark pages: the background is
-transparent and all text and axes are a middle grey.
+perplexity.py: KL to the full model against stored bits per weight; one panel per model, one line
+per method. on_gpu.py: speed over the dense product against rows of x; one panel per shape, one
+line per kernel. Readable on light and on dark pages: the background is transparent and all text
+and axes are a middle grey.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ matplotlib.use("svg")
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 GREY = "#7f8790"
 STYLES = {
@@ -29,7 +32,16 @@ STYLES = {
 }
 
 
-def panel(axes: Axes, model: str, rows: list[dict[str, Any]]) -> None:
+KERNELS = {
+    "ours": ("llmq", "#2f7fd6", "o"),
+    "tinygemm": ("tinygemm (torch)", "#d98a1f", "^"),
+    "gemlite": ("gemlite", "#2e9e6b", "D"),
+    "marlin": ("Marlin", "#b0559b", "v"),
+}
+OTHER = ("#9aa0a6", "s")  # colour and marker of a kernel that is not listed
+
+
+def quality_panel(axes: Axes, model: str, rows: list[dict[str, Any]]) -> None:
     for method, (label, colour, marker) in STYLES.items():
         points = sorted(
             (row["bits_per_weight"], row["kl"], row["kl_stderr"])
@@ -43,13 +55,77 @@ def panel(axes: Axes, model: str, rows: list[dict[str, Any]]) -> None:
             x, y, yerr=error, label=label, color=colour, marker=marker, markersize=4, linewidth=1.3
         )
     axes.set_yscale("log")
-    axes.set_title(model, color=GREY, fontsize=11)
-    axes.set_xlabel("stored bits per weight", color=GREY)
+    plain(axes, model, "stored bits per weight")
+
+
+def speed_panel(axes: Axes, shape: str, rows: list[dict[str, Any]]) -> None:
+    for name in dict.fromkeys(row["name"] for row in rows if row["name"] != "dense"):
+        label, colour, marker = KERNELS.get(name, (name, *OTHER))
+        points = sorted((row["M"], row["over_dense"]) for row in rows if row["name"] == name)
+        x, y = (list(column) for column in zip(*points, strict=True))
+        axes.plot(x, y, label=label, color=colour, marker=marker, markersize=4, linewidth=1.3)
+    axes.axhline(1, color=GREY, linewidth=0.8, linestyle="--")
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(bottom=0)
+    plain(axes, shape, "rows of x")
+
+
+def plain(axes: Axes, title: str, x: str) -> None:
+    """What all panels share."""
+    axes.set_title(title, color=GREY, fontsize=11)
+    axes.set_xlabel(x, color=GREY)
     axes.grid(True, color=GREY, alpha=0.25, linewidth=0.6)
     axes.tick_params(colors=GREY, which="both")
     axes.patch.set_alpha(0)
     for spine in axes.spines.values():
         spine.set_color(GREY)
+
+
+def quality(rows: list[dict[str, Any]]) -> Figure:
+    """The figure of perplexity.py."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure, grid = panels(len(models))
+    for axes, model in zip(grid, models, strict=True):
+        quality_panel(axes, model, [row for row in rows if row["model"] == model])
+    grid[0].set_ylabel("KL(full || quantized), nats per token", color=GREY)
+    return figure
+
+
+def speed(rows: list[dict[str, Any]]) -> Figure:
+    """The figure of on_gpu.py: bf16, 4 bits, groups of 128.
+
+    Raises:
+        SystemExit: nothing has been timed.
+    """
+    timed = [
+        row
+        for row in rows
+        if row["kind"] == "time"
+        and "error" not in row
+        and (row["dtype"], row["group"]) == ("bfloat16", 128)
+    ]
+    if not timed:
+        raise SystemExit("These results hold no times.")
+    shapes = list(dict.fromkeys((row["N"], row["K"]) for row in timed))
+    figure, grid = panels(len(shapes))
+    for axes, (N, K) in zip(grid, shapes, strict=True):
+        here = [row for row in timed if (row["N"], row["K"]) == (N, K)]
+        speed_panel(axes, f"{N} x {K}", here)
+    grid[0].set_ylabel("times as fast as the bf16 product", color=GREY)
+    return figure
+
+
+def panels(count: int, across: int = 4) -> tuple[Figure, list[Axes]]:
+    """A figure with `count` panels, `across` in a row."""
+    wide = min(count, across)
+    high = -(-count // across)
+    figure, grid = plt.subplots(
+        high, wide, figsize=(4.2 * wide, 3.8 * high), squeeze=False, layout="constrained"
+    )
+    every = list(grid.flat)
+    for empty in every[count:]:
+        empty.remove()
+    return figure, every[:count]
 
 
 def main() -> None:
@@ -62,17 +138,14 @@ def main() -> None:
     )
     args = parser.parse_args()
     rows = json.loads(args.results.read_text())["rows"]
-    models = list(dict.fromkeys(row["model"] for row in rows))
-
     plt.rcParams["svg.hashsalt"] = "llmq"  # the same table gives the same file
     plt.rcParams["svg.fonttype"] = "none"
-    figure, grid = plt.subplots(
-        1, len(models), figsize=(4.2 * len(models), 3.8), squeeze=False, layout="constrained"
-    )
-    for axes, model in zip(grid[0], models, strict=True):
-        panel(axes, model, [row for row in rows if row["model"] == model])
-    grid[0][0].set_ylabel("KL(full || quantized), nats per token", color=GREY)
-    grid[0][0].legend(frameon=False, labelcolor=GREY, fontsize=9)
+    figure = speed(rows) if "kind" in rows[0] else quality(rows)
+    lines = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            lines.setdefault(label, handle)
+    figure.axes[0].legend(lines.values(), lines.keys(), frameon=False, labelcolor=GREY, fontsize=9)
     figure.savefig(args.out, transparent=True, metadata={"Date": None})
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from llmq.decode import Decoder, Mode
+from llmq.decode import Decoder, Mode, cache_bytes
 from llmq.errors import SourceError
 from llmq.fuse import Part, fuse_shared_inputs, head_scheme, pack_head
 from llmq.nn import PackedExperts, PackedLinear, is_stacked_experts, packed_modules
@@ -240,8 +240,7 @@ def bytes_per_step(model: PreTrainedModel, cache: Cache, batch: int) -> int:
             chosen = batch * getattr(config, "num_experts_per_tok", count)
             taken = taken * min(count, chosen) // count
         total += taken
-    kept = (t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None)
-    return total + sum(t.nbytes for t in kept)
+    return total + cache_bytes(cache)
 
 
 def held_bytes(model: nn.Module) -> int:

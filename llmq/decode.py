@@ -144,6 +144,13 @@ def static_cache(model: PreTrainedModel, length: int) -> Cache:
     return Cache(layers=[StaticLayer(length) for _ in layers])
 
 
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of all keys and values of a static cache that has been used."""
+    layers = [layer for layer in cache.layers if isinstance(layer, StaticLayer)]
+    tensors = [t for layer in layers for t in (layer.keys, layer.values) if t is not None]
+    return sum(t.nbytes for t in tensors)
+
+
 def why_not(model: PreTrainedModel, mode: Mode) -> str | None:
     """None if a `Decoder` can run `model` so, else the sentence the user reads."""
     if mode not in MODES:
