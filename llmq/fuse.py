@@ -126,7 +126,8 @@ def _fusable(group: list[PackedLinear]) -> bool:
         for layer in group
     )
     distinct = len({id(layer) for layer in group}) == len(group)
-    return len(group) > 1 and len(kinds) == 1 and whole and distinct
+    ordered = any(layer.weight_order is not None for layer in group)
+    return len(group) > 1 and len(kinds) == 1 and whole and distinct and not ordered
 
 
 def _fuse(group: list[PackedLinear]) -> None:

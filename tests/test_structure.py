@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 LEVELS = [
     {"errors", "progress", "cli_help", "demo"},
     {"scheme", "moments", "output", "text"},
-    {"formats.compressed_tensors", "calibrate"},
-    {"backends"},
+    {"formats.compressed_tensors", "formats.columns", "calibrate"},
+    {"backends", "formats.gptq", "formats.awq"},
     {"nn", "solvers", "solvers.grid"},
     {"fuse", "adapters", "solvers.rtn", "solvers.gptq"},
     {"blocks"},
