@@ -16,8 +16,8 @@ quantized ("true sequential").
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import torch
@@ -53,6 +53,7 @@ class Recipe:
         scheme: number format of every quantized linear.
         solver: how codes are found.
         awq: scale channels before solving, or None.
+        schemes: number formats of matrices that have one of their own, by module name.
         match: ask for the full-precision outputs, given the inputs behind quantized layers
             (see `objective`); else for the outputs that these inputs have in full precision.
         lm_head: whether the output layer is quantized too. If it is tied to the embeddings they
@@ -67,11 +68,12 @@ class Recipe:
     skip: tuple[str, ...] = ()
     lm_head: bool = False
     match: bool = False
+    schemes: Mapping[str, QuantScheme] = field(default_factory=dict)
 
     def scheme_for(self, name: str) -> QuantScheme | None:
         """The number format of the linear called `name`; None if it is skipped."""
         skipped = any(fnmatchcase(name, p) or fnmatchcase(name, f"*.{p}") for p in self.skip)
-        return None if skipped else self.scheme
+        return None if skipped else self.schemes.get(name, self.scheme)
 
 
 @dataclass(frozen=True)
