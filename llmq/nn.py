@@ -292,7 +292,9 @@ class PackedExperts(nn.Module):
             return  # offloaded: what is on meta now is replaced before every call
         experts = [self.expert(index) for index in range(self.num_experts)]
         triton = backends.TRITON
-        refused = any(triton.why_not_stacked(layer) for layer in experts[0])
+        refused = any(
+            layer.weight_order is not None or triton.why_not_stacked(layer) for layer in experts[0]
+        )
         if backend in (None, triton.name) and not refused:
             self.stack_experts(experts)
             return
