@@ -19,8 +19,8 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import torch
@@ -57,6 +57,7 @@ class Recipe:
         scheme: number format of every quantized linear.
         solver: how codes are found.
         awq: scale channels before solving, or None.
+        schemes: number formats of matrices that have one of their own, by module name.
         match: ask for the full-precision outputs, given the inputs behind quantized layers
             (see `objective`); else for the outputs that these inputs have in full precision.
         lm_head: whether the output layer is quantized too. If it is tied to the embeddings they
@@ -71,11 +72,12 @@ class Recipe:
     skip: tuple[str, ...] = ()
     lm_head: bool = False
     match: bool = False
+    schemes: Mapping[str, QuantScheme] = field(default_factory=dict)
 
     def scheme_for(self, name: str) -> QuantScheme | None:
         """The number format of the linear called `name`; None if it is skipped."""
         skipped = any(fnmatchcase(name, p) or fnmatchcase(name, f"*.{p}") for p in self.skip)
-        return None if skipped else self.scheme
+        return None if skipped else self.schemes.get(name, self.scheme)
 
 
 def quantizable(model: nn.Module, lm_head: bool = False) -> dict[str, tuple[int, int]]:

@@ -11,14 +11,14 @@ ROOT = Path(__file__).parents[1]
 # A module may import modules of lower levels only.
 LEVELS = [
     {"errors", "progress", "cli_help", "demo", "graph"},
-    {"scheme", "moments", "output", "text", "decode", "shards"},
+    {"allocate", "scheme", "moments", "output", "text", "decode", "shards"},
     {"formats.compressed_tensors", "calibrate", "journal"},
     {"backends"},
     {"nn", "solvers", "solvers.grid"},
     {"fuse", "adapters", "store", "solvers.rtn", "solvers.gptq"},
     {"blocks", "solvers.descent"},
     {"solvers.awq_pairs", "residual"},
-    {"solvers.awq", "objective"},
+    {"solvers.awq", "objective", "sensitivity"},
     {"quantize", "evaluate", "hf.skeleton", "hf.names"},
     {"hf.rounding", "ladder"},
     {"hf.quantizer"},

@@ -1,0 +1,193 @@
+"""How much every layer's rounding would move the model's predictions.
+
+To second order, moving the outputs y of a linear by d changes KL(full || quantized) by
+1/2 d^T F d, F the Fisher information of y. With its diagonal, averaged over a layer's outputs, and
+labels drawn from the model itself, one backward pass gives per token the weight
+w_t = mean_o (d loss / d y_to)^2, and
+
+    KL(bits)  ~  1/2 tr(D H D^T),   H = mean_t w_t x_t x_t^T,   D = Q(W, bits) - W
+
+D comes from GPTQ with this very H. Layers are summed as if they did not interact; errors of a later
+solver that takes quantized inputs into account are smaller, so predictions are for ranking layers
+and widths. The idea is that of GuidedQuant (Kim et al. 2025, arXiv 2505.07004), used to allocate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llmq.adapters import as_linears, shared_copy
+from llmq.allocate import Choice, allocate
+from llmq.blocks import (
+    decoder_blocks,
+    hooks,
+    linears,
+    record_calls,
+    replaced,
+    run_block,
+    shared_input_groups,
+)
+from llmq.errors import NonFiniteError
+from llmq.scheme import QuantScheme
+from llmq.solvers.descent import row_errors
+from llmq.solvers.gptq import GPTQ
+
+WIDTHS = (2, 3, 4, 8)
+PROBE = 32  # tokens with which it is observed which linears read one tensor
+CLIP = 50.0  # a token weighs at most so many times the mean of its batch
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What rounding the linears that read one tensor is predicted to cost.
+
+    Attributes:
+        names: of the matrices; engines fuse them, so they share a number format.
+        weights: how many weights they have together.
+        kl: bits -> predicted KL to the full-precision model, nats per token.
+    """
+
+    names: tuple[str, ...]
+    weights: int
+    kl: dict[int, float]
+
+
+def sensitivities(
+    model: nn.Module, batches: Sequence[Tensor], group_size: int, symmetric: bool, seed: int = 0
+) -> list[Sensitivity]:
+    """Measure every group of linears of the decoder blocks.
+
+    Needs the whole model, and a float32 matrix (K, K) for each of its linears.
+
+    Args:
+        model: a causal language model in float32 or bfloat16; not changed, but for its parameters
+            no longer requiring gradients.
+        batches: token ids, int64 (B, T) each; activations of one are kept for a backward pass.
+        group_size, symmetric: of the number formats to try, at 2, 3, 4 and 8 bits.
+        seed: of the labels that are drawn.
+
+    Raises:
+        NonFiniteError: an activation or a gradient is NaN or infinite.
+    """
+    model.requires_grad_(False)
+    prefix, blocks = decoder_blocks(model)
+    views = [as_linears(shared_copy(block)) for block in blocks]
+    modules = {
+        f"{prefix}.{i}.{name}": linear
+        for i, view in enumerate(views)
+        for name, linear in linears(view).items()
+    }
+    groups = [
+        [f"{prefix}.{i}.{name}" for name in group]
+        for i, group in _groups(model, blocks, views, batches[0][:1, :PROBE])
+    ]
+    with replaced(blocks, views):
+        moments = _weighted_moments(model, modules, batches, seed)
+    found = []
+    for names in groups:
+        weights = {name: modules[name].get_parameter("weight").data for name in names}
+        parts = [_predict(W, moments[n], group_size, symmetric) for n, W in weights.items()]
+        kl = {bits: sum(part[bits] for part in parts) for bits in WIDTHS}
+        found.append(Sensitivity(tuple(names), sum(W.numel() for W in weights.values()), kl))
+    return found
+
+
+def allocation(units: Sequence[Sensitivity], bits: float) -> dict[str, int]:
+    """Bits for every matrix: least predicted KL with at most `bits` per weight on average.
+
+    Raises:
+        SchemeError: `bits` is below the smallest width.
+    """
+    choices = {
+        unit.names[0]: {b: Choice(unit.weights * b, unit.kl[b]) for b in WIDTHS} for unit in units
+    }
+    total = sum(unit.weights for unit in units)
+    chosen = allocate(choices, int(total * bits))
+    return {name: chosen[unit.names[0]] for unit in units for name in unit.names}
+
+
+def predicted(units: Sequence[Sensitivity], bits: dict[str, int]) -> float:
+    """KL to the full-precision model that an allocation is predicted to have."""
+    return sum(unit.kl[bits[unit.names[0]]] for unit in units)
+
+
+@torch.no_grad()
+def _groups(
+    model: nn.Module, blocks: nn.ModuleList, views: Sequence[nn.Module], ids: Tensor
+) -> Iterator[tuple[int, list[str]]]:
+    """Per block, the linears that read one tensor."""
+    recording = record_calls(model, blocks, [ids])
+    hidden = recording.hidden[0]
+    for i, view in enumerate(views):
+        call = recording.calls[i][0]
+        for group in shared_input_groups(view, hidden, call):
+            yield i, group
+        hidden = run_block(view, hidden, call)
+
+
+def _weighted_moments(
+    model: nn.Module, modules: dict[str, nn.Module], batches: Sequence[Tensor], seed: int
+) -> dict[str, Tensor]:
+    """Per matrix, the mean over tokens of w x x^T, float32 (K, K); experts of a stack pooled."""
+    moments: dict[str, Tensor] = {}
+
+    def note(name: str, x: Tensor, gradient: Tensor) -> None:
+        rows = x.detach().flatten(0, -2).float()
+        weights = gradient.flatten(0, -2).float().square().mean(1)
+        weights = weights.clamp(max=CLIP * float(weights.mean())) if len(weights) else weights
+        if name not in moments:
+            moments[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
+        moments[name].addmm_((rows * weights.unsqueeze(1)).T, rows)
+
+    def watch(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            one = isinstance(output, Tensor)  # else a list of one per expert
+            pairs = ((args[0],), (output,)) if one else (args[0], output)
+            for x, y in zip(*pairs, strict=True):
+                if y.requires_grad:
+                    y.register_hook(partial(note, name, x))
+
+        return hook
+
+    def start(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        return output.detach().requires_grad_()
+
+    handles = [module.register_forward_hook(watch(name)) for name, module in modules.items()]
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    generator = torch.Generator(batches[0].device).manual_seed(seed)
+    with hooks(embeddings.register_forward_hook(start), *handles), torch.enable_grad():
+        for ids in batches:
+            logits = model(input_ids=ids, use_cache=False).logits.flatten(0, 1).float()
+            if not bool(logits.isfinite().all()):
+                raise NonFiniteError(
+                    "The model's own predictions are NaN or infinite on this text; convert it to "
+                    "bfloat16 or float32."
+                )
+            labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
+            F.cross_entropy(logits, labels.squeeze(1), reduction="sum").backward()
+    tokens = sum(ids.numel() for ids in batches)
+    for name, moment in moments.items():
+        if not bool(moment.isfinite().all()):
+            raise NonFiniteError(f"{name}: an activation or a gradient is NaN or infinite.")
+    return {name: moment / tokens for name, moment in moments.items()}
+
+
+def _predict(W: Tensor, H: Tensor, group_size: int, symmetric: bool) -> dict[int, float]:
+    """bits -> 1/2 tr(D H D^T); for a stack of experts (E, N, K) the mean over them."""
+    matrices = W if W.ndim == 3 else [W]
+    kl = {}
+    for bits in WIDTHS:
+        scheme = QuantScheme(bits, group_size, symmetric)
+        errors = [
+            float(row_errors(one.to(H.device), H, GPTQ().solve(one.to(H.device), H, scheme)).sum())
+            for one in matrices
+        ]
+        kl[bits] = sum(errors) / len(errors) / 2
+    return kl
