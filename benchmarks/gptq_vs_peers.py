@@ -33,7 +33,7 @@ PEERS = Path(__file__).resolve().parent / "peers"
 
 @dataclass(frozen=True)
 class Contender:
-    """One row: a quantizer with its settings."""
+    """One row: a quantizer with its settings, `options` as JSON (for llmq of its command line)."""
 
     name: str
     tool: str
@@ -44,7 +44,7 @@ class Contender:
 def contenders(symmetric: bool) -> list[Contender]:
     """llmq, and each peer with its defaults and with the setting that its authors call better."""
     return [
-        Contender("llmq gptq", "llmq", symmetric),
+        Contender("llmq gptq", "llmq", symmetric, '{"method": "gptq"}'),
         Contender("gptqmodel default", "gptqmodel", symmetric),
         Contender("gptqmodel mse 2.4", "gptqmodel", symmetric, '{"mse": 2.4}'),
         Contender("llmcompressor default", "llmcompressor", symmetric),
@@ -79,9 +79,10 @@ def command(contender: Contender, args: argparse.Namespace, calib: Path, out: Pa
     if contender.tool == "llmq":
         sizes = {"bits": args.bits, "group-size": args.group}
         sizes |= {"samples": args.samples, "seq-len": args.seq_len}
+        sizes |= json.loads(contender.options)
         return [
             *(args.llmq, "-m", "llmq", "quantize", str(args.model), str(out)),
-            *("--method", "gptq", "--device", "cpu", "--no-bos", "--json"),
+            *("--device", "cpu", "--no-bos", "--json"),
             "--symmetric" if contender.symmetric else "--asymmetric",
             *("--calibration", str(calib.with_suffix(".txt"))),
             *(f"--{key}={value}" for key, value in sizes.items()),

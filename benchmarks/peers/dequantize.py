@@ -47,15 +47,13 @@ def from_gptq(tensors: dict[str, Tensor], name: str, config: dict) -> Tensor:
     return ((codes - zeros[g_idx]) * scales[g_idx]).T.contiguous()
 
 
-def from_compressed_tensors(tensors: dict[str, Tensor], name: str, config: dict) -> Tensor:
+def from_compressed_tensors(tensors: dict[str, Tensor], name: str, _: dict) -> Tensor:
     """Weight (N, K) of one pack-quantized module."""
-    groups = list(config["config_groups"].values())
-    if len(groups) != 1:
-        raise SystemExit(f"{len(groups)} config groups: only one is supported here.")
-    bits = groups[0]["weights"]["num_bits"]
     N, K = tensors[f"{name}.weight_shape"].tolist()
     scale = tensors[f"{name}.weight_scale"].float()  # (N, G)
-    codes = unpack(tensors[f"{name}.weight_packed"], bits, K)  # (N, K)
+    packed = tensors[f"{name}.weight_packed"]
+    bits = packed.shape[1] * 32 // K  # modules may differ; groups of 32 fill whole words
+    codes = unpack(packed, bits, K)  # (N, K)
     if f"{name}.weight_zero_point" in tensors:
         packed = tensors[f"{name}.weight_zero_point"]  # (N*b/32, G)
         zero = unpack(packed.T.contiguous(), bits, N).T  # (N, G)

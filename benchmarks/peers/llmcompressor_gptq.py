@@ -1,7 +1,8 @@
 """llmcompressor_gptq.py SRC OUT CALIB.json [bits] [group] [sym] [--options JSON]: its GPTQModifier.
 
 CALIB.json comes from windows.py. `--options` goes to GPTQModifier, for example
-'{"actorder": "weight"}'. Prints one JSON line last.
+'{"actorder": "weight"}', but for "weights", which goes to the weights' scheme, for example
+'{"weights": {"observer": "mse"}}'. Prints one JSON line last.
 """
 
 import time
@@ -43,6 +44,7 @@ weights = {
     "symmetric": bool(args.sym),
     "strategy": "group",
     "group_size": args.group,
+    **args.options.pop("weights", {}),
 }
 recipe = GPTQModifier(
     config_groups={"group_0": {"targets": ["Linear"], "weights": weights}},
