@@ -26,6 +26,7 @@ from llmq.hf.saving import original_folder
 from llmq.hf.streaming import StoredModel
 from llmq.journal import workplace
 from llmq.ladder import chosen
+from llmq.mixing import is_mixed, scan, uniform_width
 from llmq.objective import HELD_OUT
 from llmq.output import enough_memory, writing
 from llmq.plan import Plan
@@ -48,6 +49,7 @@ from llmq.report import (
     write_report,
 )
 from llmq.scheme import QuantScheme
+from llmq.sensitivity import Sensitivity, allocation, predicted
 from llmq.source import (
     check_path,
     context_length,
@@ -72,7 +74,8 @@ def quantize(
     *,
     quality: str | None = None,
     method: str | None = None,
-    bits: int = 4,
+    bits: float = 4,
+    mixed: bool = False,
     group_size: int = 128,
     symmetric: bool = True,
     calibration: Source | None = None,
@@ -95,7 +98,9 @@ def quantize(
         out: folder to create; it must be absent or empty.
         quality: "fast" or "balanced" (the default), see `llmq.ladder`.
         method: instead of a quality, "rtn", "gptq", "awq" or "awq+gptq".
-        bits, group_size, symmetric: the number format, see `QuantScheme`.
+        bits, group_size, symmetric: the number format, see `QuantScheme`. Bits that are no whole
+            number are an average: layers get 2, 3, 4 or 8, see `sensitivity`.
+        mixed: `bits` is an average even if it is a whole number.
         calibration: text like that which the model will see, see `llmq.text`; None = a little
             public-domain text that comes with llmq.
         samples: windows of calibration text.
@@ -121,7 +126,8 @@ def quantize(
     """
     start = time.perf_counter()
     method, recipe = chosen(method, quality)
-    scheme = QuantScheme(bits, group_size, symmetric)
+    bits = int(bits) if bits == int(bits) else bits
+    scheme = QuantScheme(uniform_width(bits, mixed), group_size, symmetric)
     recipe = dataclasses.replace(recipe, scheme=scheme, skip=tuple(skip), lm_head=lm_head)
     if activations not in ("memory", "disk"):
         raise SchemeError(f"activations={activations!r}: use memory or disk.")
@@ -142,6 +148,12 @@ def quantize(
             join=join,
             bos=bos,
         )
+        kl = None
+        if is_mixed(bits, mixed):
+            units = scan(name, windows, recipe, where, seed)
+            widths = allocation(units, bits)
+            schemes = {n: QuantScheme(b, group_size, symmetric) for n, b in widths.items()}
+            recipe, kl = dataclasses.replace(recipe, schemes=schemes), predicted(units, widths)
         source = StoredModel(original_folder(name))
         names = quantizable(source.model, lm_head)
         check_groups(names, recipe)
@@ -166,6 +178,7 @@ def quantize(
             "source": name,
             "method": method,
             "bits": bits,
+            "predicted_kl": kl,
             "group_size": group_size,
             "symmetric": symmetric,
             "lm_head": lm_head,
@@ -219,6 +232,52 @@ def plan(
     name = check_path(src)
     config = full_precision(open_config(name), name)
     return planning.make(name, config, source_headers(name), recipe, ranks=tensor_parallel, out=out)
+
+
+def sensitivity(
+    src: str | os.PathLike[str],
+    *,
+    group_size: int = 128,
+    symmetric: bool = True,
+    calibration: Source | None = None,
+    samples: int = 32,
+    seq_len: int | None = None,
+    skip: Sequence[str] = (),
+    device: str = "auto",
+    seed: int = 0,
+    join: str = "documents",
+    bos: bool | None = None,
+) -> list[Sensitivity]:
+    """What rounding each layer to 2, 3, 4 or 8 bits is predicted to cost the whole model.
+
+    One backward pass over 32 windows at most, with the whole model on `device`.
+
+    Args:
+        src: folder or Hub name of a full-precision causal language model.
+        group_size, symmetric, calibration, samples, seq_len, skip, device, seed, join, bos: as for
+            `quantize`.
+
+    Returns:
+        one entry for the layers that read one tensor (they share a width), in execution order.
+
+    Raises:
+        LlmqError: see `llmq.errors`.
+    """
+    recipe = Recipe(QuantScheme(4, group_size, symmetric), skip=tuple(skip))
+    name = check_path(src)
+    config = full_precision(open_config(name), name)
+    tokenizer = open_tokenizer(name)
+    windows, _, _ = _windows(
+        calibration,
+        tokenizer,
+        config,
+        samples=samples,
+        seq_len=_window_length(config, seq_len, 512),
+        seed=seed,
+        join=join,
+        bos=adds_bos(tokenizer) if bos is None else bos,
+    )
+    return scan(name, windows, recipe, pick_device(device), seed)
 
 
 def _windows(

@@ -92,7 +92,12 @@ def quantize(
     method: Annotated[
         Method | None, typer.Option(help="Instead of a quality: a method by name.")
     ] = None,
-    bits: Annotated[int, typer.Option(help="8, 4, 3 or 2 bits per weight.")] = 4,
+    bits: Annotated[
+        float, typer.Option(help="8, 4, 3 or 2 bits per weight; between them, an average.")
+    ] = 4,
+    mixed: Annotated[
+        bool, typer.Option("--mixed", help="Bits are an average even if a whole number.")
+    ] = False,
     group_size: Annotated[
         int, typer.Option(help="Weights that share a scale: 32, 64, 128; -1 = a whole row.")
     ] = 128,
@@ -146,6 +151,7 @@ def quantize(
         quality=quality.value if quality else None,
         method=method.value if method else None,
         bits=bits,
+        mixed=mixed,
         group_size=group_size,
         symmetric=symmetric,
         calibration=calibration,
@@ -236,6 +242,59 @@ def plan(
     _finish(found.to_json(), as_json)
     if any(problem.fatal for problem in found.problems):
         raise typer.Exit(1)
+
+
+@app.command(help=cli_help.SENSITIVITY)
+def sensitivity(
+    src: Annotated[str, typer.Argument(help="Full-precision model: folder or Hub name.")],
+    bits: Annotated[float, typer.Option(help="Average for the allocation shown.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Weights that share a scale.")] = 128,
+    symmetric: Annotated[bool, typer.Option("--symmetric/--asymmetric")] = True,
+    calibration: Annotated[str | None, typer.Option(help=f"Text: {cli_help.TEXT}")] = None,
+    samples: Annotated[int, typer.Option(help="Windows of text, 32 at most are used.")] = 32,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Layers to leave as they are.")
+    ] = None,
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(help="Which windows of the text are used.")] = 0,
+    join: JoinOption = Join.documents,
+    bos: Bos = None,
+    as_json: AsJson = False,
+) -> None:
+    console = _start(as_json)
+    from llmq import api
+    from llmq.report import sensitivity_table
+    from llmq.sensitivity import allocation, predicted
+
+    units = api.sensitivity(
+        src,
+        group_size=group_size,
+        symmetric=symmetric,
+        calibration=calibration,
+        samples=samples,
+        seq_len=seq_len,
+        skip=skip or (),
+        device=device,
+        seed=seed,
+        join=join.value,
+        bos=bos,
+    )
+    widths = allocation(units, bits)
+    kl = predicted(units, widths)
+    console.print(sensitivity_table(units, widths))
+    gain = sorted(units, key=lambda unit: -unit.kl[4] / unit.weights)[:3]
+    console.print(
+        f"Predicted KL {kl:.4f} at {bits:g} bits on average, for layers that are solved one by "
+        "one: it ranks layers and widths; measure the result with llmq eval.\n"
+        "Most lost per weight at 4 bits (keep these higher): "
+        f"{'; '.join(', '.join(unit.names) for unit in gain)}.\n"
+        f"Next: llmq quantize {src} OUT --bits {bits:g}{'' if bits % 1 else ' --mixed'}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    entries = [{**asdict(unit), "bits": widths[unit.names[0]]} for unit in units]
+    _finish({"bits": bits, "predicted_kl": kl, "layers": entries}, as_json)
 
 
 @app.command("eval", help=cli_help.EVAL)

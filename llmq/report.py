@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from llmq.quantize import LayerReport
     from llmq.scheme import QuantScheme
+    from llmq.sensitivity import Sensitivity
 
 REPORT_FILE = "quantization_report.json"
 _PARTS = ("_packed", "_scale", "_zero_point", "_shape")
@@ -210,6 +211,20 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     for row in rows:
         made.add_row(*row)
     return made
+
+
+def sensitivity_table(units: Sequence[Sensitivity], widths: Mapping[str, int]) -> Table:
+    """Predicted KL of every group of layers at every width, and the width that it gets."""
+    most = max(unit.kl[4] / unit.weights for unit in units)
+    rows = []
+    for unit in units:
+        stem, _, _ = unit.names[0].rpartition(".")
+        leaves = "+".join(name.rpartition(".")[2] for name in unit.names)
+        bar = "#" * math.ceil(20 * unit.kl[4] / unit.weights / most) if most > 0 else ""
+        losses = (f"{kl:.2e}" for kl in unit.kl.values())
+        rows.append((f"{stem}.{leaves}", *losses, bar, str(widths[unit.names[0]])))
+    heads = [f"KL at {bits}" for bits in units[0].kl]
+    return table("", ["layers", *heads, "4-bit KL per weight", "bits"], rows)
 
 
 def _describe(scheme: QuantScheme) -> str:

@@ -20,7 +20,12 @@ from llmq.source import open_model, open_tokenizer
 if TYPE_CHECKING:
     from rich.table import Table
 
-WAYS = {"rtn": "method", "gptq": "method", "awq": "method", "balanced": "quality"}
+WAYS: dict[str, dict[str, Any]] = {
+    "rtn": {"method": "rtn"},
+    "gptq": {"method": "gptq"},
+    "awq": {"method": "awq"},
+    "balanced": {"quality": "balanced"},
+}
 BITS = (4, 3)
 SAMPLES = 64  # windows of calibration text
 WINDOWS = 80  # windows of evaluation text
@@ -58,13 +63,13 @@ def run(out: Path) -> Iterator[Trial]:
     result = api.evaluate(source, **common)
     yield Trial("full precision", _bytes(source), 0.0, result)
     for bits in BITS:
-        for method, kind in WAYS.items():
-            folder = out / f"{method}-{bits}bit"
+        for name, way in WAYS.items():
+            folder = out / f"{name}-{bits}bit"
             start = time.perf_counter()
             api.quantize(
                 source,
                 folder,
-                **{kind: method},
+                **way,
                 bits=bits,
                 group_size=64,
                 samples=SAMPLES,
@@ -73,7 +78,7 @@ def run(out: Path) -> Iterator[Trial]:
             )
             seconds = time.perf_counter() - start
             result = api.evaluate(folder, reference=reference, **common)
-            yield Trial(f"{method} {bits}-bit g64", _bytes(folder), seconds, result)
+            yield Trial(f"{name} {bits}-bit g64", _bytes(folder), seconds, result)
 
 
 LEGEND = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -76,6 +77,32 @@ def test_every_method_runs_from_the_command_line(run, model, text, tmp_path, met
     assert status == 0, stderr
     report = json.loads((tmp_path / "out" / "quantization_report.json").read_text())
     assert (report["method"], report["bits"], report["symmetric"]) == (method, 3, True)
+
+
+def test_an_average_of_bits(run, model, text, tmp_path) -> None:
+    options = ["--calibration", text, "--quality", "fast", *QUICK]
+    status, _, stderr = run("quantize", model, tmp_path / "out", "--bits", "3.5", *options)
+    assert status == 0, stderr
+    report = json.loads((tmp_path / "out" / "quantization_report.json").read_text())
+    weights = [math.prod(layer["shape"]) for layer in report["layers"]]
+    bits = [layer["bits"] for layer in report["layers"]]
+    assert len(set(bits)) > 1
+    assert 3.3 < sum(w * b for w, b in zip(weights, bits, strict=True)) / sum(weights) <= 3.5
+    stored = {layer.name: layer.scheme for layer in inspect_checkpoint(tmp_path / "out")[:-1]}
+    assert all(stored[e["name"]].startswith(f"int{e['bits']} ") for e in report["layers"])
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert len(config["quantization_config"]["config_groups"]) == len(set(bits))
+    assert run("eval", tmp_path / "out", "--text", text, "--seq-len", "64")[0] == 0
+
+    status, stdout, stderr = run(
+        "sensitivity", model, "--bits", "3.5", "--json", "--calibration", text, *QUICK
+    )
+    assert status == 0, stderr
+    found = json.loads(stdout.splitlines()[-1])
+    assert found["predicted_kl"] == pytest.approx(report["predicted_kl"])
+    assert "Most lost per weight" in stderr
+    status, _, stderr = run("quantize", model, tmp_path / "b", "--bits", "1.5", *options)
+    assert (status, "between 2 and 8" in stderr) == (1, True)
 
 
 def test_python_and_the_command_write_the_same_bytes(run, model, text, tmp_path) -> None:
