@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 # A module may import modules of lower levels only.
 LEVELS = [
     {"errors", "progress", "cli_help", "demo", "graph"},
+    {"ranks"},
     {"scheme", "moments", "output", "text", "decode", "shards"},
     {"formats.compressed_tensors", "calibrate", "journal"},
     {"backends"},
