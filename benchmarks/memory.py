@@ -131,11 +131,8 @@ def measure(args: argparse.Namespace, layers: int, room: Path) -> dict[str, Any]
     command = [sys.executable, "-W", "ignore", "-m", "llmq", "quantize"]
     samples = watch([*command, str(room / "model"), str(out), *flags])
     events = [json.loads(x) for x in (out / "quantization_log.jsonl").read_text().splitlines()]
-    ends = [
-        datetime.datetime.fromisoformat(event["time"]).timestamp()
-        for event in events
-        if event["event"] == "block"
-    ]
+    blocks = [event for event in events if event["event"] == "block"]
+    ends = [datetime.datetime.fromisoformat(event["time"]).timestamp() for event in blocks]
     start = samples[0][0]
     highest = [
         max((anonymous for t, anonymous, _ in samples if a < t <= b), default=0)
@@ -154,7 +151,12 @@ def measure(args: argparse.Namespace, layers: int, room: Path) -> dict[str, Any]
         "peak_anonymous_bytes": max(anonymous for _, anonymous, _ in samples),
         "peak_resident_bytes": max(anonymous + mapped for _, anonymous, mapped in samples),
         "highest_per_block_bytes": highest,
+        "slope_bytes_per_layer": line.slope,
         "slope_percent_per_layer": 100 * line.slope / statistics.mean(later),
+        "seconds_per_step": {
+            step: round(sum(event["seconds"][step] for event in blocks), 3)
+            for step in blocks[0]["seconds"]
+        },
         "seconds": samples[-1][0] - start,
         "samples": [
             [round(t - start, 2), a, m] for t, a, m in samples[:: max(1, len(samples) // 300)]

@@ -9,6 +9,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,14 @@ import transformers
 from torch import nn
 
 import llmq
-from llmq import demo, hf, plan as planning, shards
+from llmq import demo, hf, plan as planning, ranks, shards
 from llmq.calibrate import adds_bos, check_variety, token_windows
 from llmq.errors import CalibrationError, FormatError, SchemeError
 from llmq.evaluate import Evaluation, evaluate as measure, protocol
 from llmq.gate import TOKENS, Gate
 from llmq.hf.saving import original_folder
 from llmq.hf.streaming import StoredModel
-from llmq.journal import workplace
+from llmq.journal import Workplace, workplace
 from llmq.ladder import chosen
 from llmq.mixing import is_mixed, scan, uniform_width
 from llmq.objective import HELD_OUT
@@ -131,11 +132,12 @@ def quantize(
     recipe = dataclasses.replace(recipe, scheme=scheme, skip=tuple(skip), lm_head=lm_head)
     if activations not in ("memory", "disk"):
         raise SchemeError(f"activations={activations!r}: use memory or disk.")
-    with workplace(out, fresh) as work:
+    where = pick_device(device)
+    ranks.join(where)
+    with workplace(out, fresh) if ranks.number() == 0 else nullcontext(Workplace(out)) as work:
         name = check_path(src)
         config = full_precision(open_config(name), name)
         tokenizer = open_tokenizer(name)
-        where = pick_device(device)
         seq_len = _window_length(config, seq_len, 512)
         bos = adds_bos(tokenizer) if bos is None else bos
         windows, judge, held_out = _windows(
@@ -160,19 +162,25 @@ def quantize(
         check_experts(source.model, recipe)
         if not any(recipe.scheme_for(n) for n in names):
             raise SchemeError(f"skip={list(skip)}: nothing is left to quantize.")
-        journal = work.begin(_identity(source, recipe, method, windows, judge, where))
+        share = _share(windows, recipe)
+        if ranks.number() == 0:
+            work.begin(_identity(source, recipe, method, windows, judge, where))
+        journal = work.journal = ranks.of_the_first(getattr(work, "journal", None))
         if journal.complete and (report := read_report(work.result)):
-            work.publish()
+            if ranks.number() == 0:
+                work.publish()
             return report
-        work.log("go on" if journal.blocks else "start", **journal.identity)
         with enough_memory():
-            gate = Gate(source, judge, where)
+            gate = Gate(source, judge, where) if ranks.number() == 0 else None
             store = Streamed(source, work, gate, spill=activations == "disk")
-            size = min(_BATCH_TOKENS // seq_len, len(windows) // HELD_OUT)
-            batches = windows.split(max(1, size))
+            size = min(_BATCH_TOKENS // seq_len, len(share) // HELD_OUT)
+            batches = share.split(max(1, size))
             reports = run(source.model, batches, recipe, where, store)
             total = sum(map(bool, map(recipe.scheme_for, names)))
-            layers = list(_watched(reports, total, progress, store.done))
+            show = progress and ranks.number() == 0
+            layers = list(_watched(reports, total, show, store.done))
+            if ranks.number() > 0:
+                return ranks.of_the_first(None)
             digests, verdict = store.finish()
         report = {
             "source": name,
@@ -203,7 +211,7 @@ def quantize(
             check(work.result)
             work.log("end", seconds=report["seconds"], **verdict)
             work.publish()
-    return report
+    return ranks.of_the_first(report)
 
 
 def plan(
@@ -300,6 +308,23 @@ def _windows(
     return windows, judge, bool(len(spare))
 
 
+def _share(windows: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+    """This process's part of the calibration windows.
+
+    Raises:
+        CalibrationError: too few windows for so many processes.
+        SchemeError: the recipe needs all of them in one process.
+    """
+    processes = ranks.count()
+    if processes > 1 and recipe.awq:
+        raise SchemeError("AWQ looks at all hidden states: use one process, or another method.")
+    if processes > 1 and len(windows) < processes * HELD_OUT:
+        raise CalibrationError(
+            f"samples={len(windows)}: {processes} processes need {processes * HELD_OUT} at least."
+        )
+    return windows[ranks.number() :: processes]
+
+
 def _identity(
     source: StoredModel,
     recipe: Recipe,
@@ -322,6 +347,7 @@ def _identity(
         "judged tokens": fingerprint(judge),
         "calibration shape": list(windows.shape),
         "device": device,
+        "processes": ranks.count(),
         "llmq": llmq.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -8,6 +8,7 @@ LlmqError                      the CLI prints it as one line and exits with stat
 |-- OutputError                the output folder exists, is not empty, or cannot be written
 |-- IntegrityError             what was computed or written is not usable; no folder was made
 |-- MemoryLimitError           this machine has too little memory for this run
+|-- ProcessError               another process of the same run has ended
 |-- FormatError                a checkpoint on disk that is not what it claims to be
 `-- BackendError               a backend named by the user cannot run this layer (`why_not`)
 """
@@ -43,6 +44,10 @@ class IntegrityError(LlmqError):
 
 class MemoryLimitError(LlmqError):
     """This machine has too little memory for what was asked."""
+
+
+class ProcessError(LlmqError):
+    """Another process of the same run has ended."""
 
 
 class FormatError(LlmqError):

@@ -100,6 +100,7 @@ class Workplace:
                 if not path.is_file() or shards.file_hash(path) != entry["sha256"]:
                     raise self._damaged(f"{entry['file']} is not what the journal says")
         self.journal = found or Journal(wanted)
+        self.log("go on" if self.journal.blocks else "start", **wanted)
         named = {entry["file"] for entry in self.journal.files()}
         for path in self.folder.iterdir():
             if path == self.result and not self.journal.complete:
@@ -127,8 +128,12 @@ class Workplace:
         """Rename `result/` to `out`."""
         self.journal.complete = True
         self.commit()
-        if (self.folder / LOG).is_file():
-            shutil.copyfile(self.folder / LOG, self.result / LOG)
+        with (self.result / LOG).open("w", encoding="utf-8") as file:
+            for line in (self.folder / LOG).read_text(encoding="utf-8").splitlines():
+                with suppress(ValueError):  # a line that a kill has cut
+                    event = json.loads(line)
+                    event.pop("message", None)  # it may name local paths
+                    file.write(json.dumps(event) + "\n")
         self.target.parent.mkdir(parents=True, exist_ok=True)
         self.result.replace(self.target)
 

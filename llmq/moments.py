@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from llmq import ranks
+
 PANELS = 4  # H is symmetric: computing its lower block triangle in 4 panels saves 3/8 of the work
 
 
@@ -33,6 +35,11 @@ class SecondMoment:
             self.total[start:stop, :stop].addmm_(rows[:, start:stop].T, rows[:, :stop])
         self.count += len(rows)
 
+    def add_up(self) -> None:
+        """Take in what all processes of this run have seen."""
+        ranks.add_up(self.total)
+        self.count = ranks.add_up_number(self.count, self.total.device)
+
     def mean(self) -> Tensor:
         """H (K, K), exactly symmetric; all zeros if no row was seen."""
         return (self.total.tril() + self.total.tril(-1).T) / max(self.count, 1)
@@ -45,7 +52,7 @@ def second_moments(inputs: Iterable[Tensor | Sequence[Tensor]]) -> list[tuple[Te
         inputs: per batch a tensor (..., K), or a sequence of E tensors (t_e, K).
 
     Returns:
-        one (H, count), or E of them.
+        one (H, count), or E of them, over all processes of the run.
     """
     sums: list[SecondMoment] = []
     for batch in inputs:
@@ -54,6 +61,8 @@ def second_moments(inputs: Iterable[Tensor | Sequence[Tensor]]) -> list[tuple[Te
             sums = [SecondMoment(x.shape[-1], x.device) for x in tensors]
         for moment, x in zip(sums, tensors, strict=True):
             moment.add(x)
+    for moment in sums:
+        moment.add_up()
     return [(moment.mean(), moment.count) for moment in sums]
 
 

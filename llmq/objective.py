@@ -24,6 +24,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from llmq import ranks
 from llmq.adapters import RoutedLinear
 from llmq.blocks import Call, inputs_of
 from llmq.moments import SecondMoment, cholesky, second_moments, with_prior
@@ -79,6 +80,13 @@ class Drift:
             if self.R is None:
                 self.R = rows.new_zeros(missing.shape[1], rows.shape[1])
             self.R.addmm_(missing.T, rows)
+
+    def add_up(self) -> None:
+        """Take in what all processes of this run have seen."""
+        self.inputs.add_up()
+        ranks.add_up(self.D)
+        if self.R is not None:
+            ranks.add_up(self.R)
 
     def finite(self) -> bool:
         sums = (
@@ -208,6 +216,8 @@ def posed(
         held_out = b % HELD_OUT == HELD_OUT - 1 or b == len(calls) - 1
         missing = None if h is None or full_h is None else full_h.float() - h.float()
         (judge if held_out else fit).add(x, full_x, missing)
+    fit.add_up()
+    judge.add_up()
     return [Matching.of(fit, judge)]
 
 

@@ -11,13 +11,15 @@ import re
 import time
 from collections.abc import Callable, Mapping, MutableSequence, Sequence
 from contextlib import AbstractContextManager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llmq import shards
+from llmq import ranks, shards
+from llmq.errors import IntegrityError
 from llmq.gate import Gate, check_layer
 from llmq.hf import saving
 from llmq.hf.outline import pack_outline
@@ -39,7 +41,8 @@ class Streamed:
     Args:
         source: the full-precision checkpoint.
         work: where finished blocks are written; its journal has begun.
-        gate: judges the result; its streams are kept beside those of the flow.
+        gate: judges the result; its streams are kept beside those of the flow. None in a process
+            that does not write.
         spill: keep hidden states in memory-mapped files instead of in memory.
 
     Raises:
@@ -48,13 +51,14 @@ class Streamed:
     """
 
     def __init__(
-        self, source: StoredModel, work: Workplace, gate: Gate, spill: bool = False
+        self, source: StoredModel, work: Workplace, gate: Gate | None, spill: bool = False
     ) -> None:
         self._source = source
         self._work = work
         self._gate = gate
         self.lean = spill
         self._judged: States  # the gate's
+        self._kept: list[list[dict[str, Any]]] = []  # what the journal names of this process
         self._streams: list[MutableSequence[Tensor]] = []
         self._files: list[States] = []
         self.start = len(work.journal.blocks)
@@ -70,11 +74,14 @@ class Streamed:
         return self._source.block(index)
 
     def streams(self, count: int) -> Sequence[MutableSequence[Tensor]]:
-        found = self._work.journal.streams or [[] for _ in range(count + 1)]
-        files = [States(self._work.folder, n, entries) for n, entries in enumerate(found)]
-        *self._files, self._judged = files
-        if not self._judged:
+        # Of every process, those of the flow and the gate's.
+        first = ranks.number() * (count + 1)
+        found = self._work.journal.streams or [[]] * (ranks.count() * (count + 1))
+        numbers = range(first, first + count + 1)
+        *self._files, self._judged = (States(self._work.folder, n, found[n]) for n in numbers)
+        if self._gate and not self._judged:
             self._gate.start(self._judged)
+        self._kept = [list(states.entries) for states in (*self._files, self._judged)]
         self._streams = [s if self.lean else [t.clone() for t in s] for s in self._files]
         return self._streams
 
@@ -87,33 +94,28 @@ class Streamed:
     ) -> None:
         for report in reports:
             check_layer(report)
-        prefix = f"{self._source.prefix}.{index}"
-        name = f"part-{index:05}.safetensors"
-        journal = self._work.journal
+        mine = (*self._files, self._judged)
+        old = {entry["file"] for entries in self._kept for entry in entries}
         with writing(self._work.out):
-            self._gate.step(index, block, solved, self._judged)
-        pack(block, solved)
-        own = {f"{prefix}.{key}": tensor for key, tensor in block.state_dict().items()}
-        with writing(self._work.out):
-            digest = self._write(name, own)
-            self._check(name, prefix, solved)
+            clock = [self._opened, time.perf_counter()]
+            if self._gate:
+                self._gate.step(index, block, solved, self._judged)
+            clock.append(time.perf_counter())
             if not self.lean:
                 for states, tensors in zip(self._files, self._streams, strict=True):
                     states[:] = tensors
-            old = {entry["file"] for entries in journal.streams for entry in entries}
-            journal.streams = [list(states.entries) for states in (*self._files, self._judged)]
-            layers = [layer_entry(report) for report in reports]
-            journal.blocks.append({"file": name, "sha256": digest, "layers": layers})
-            self._work.commit()
-            worst = max(reports, key=lambda report: report.error, default=None)
-            self._work.log(
-                "block",
-                block=prefix,
-                seconds=round(time.perf_counter() - self._opened, 3),
-                worst=worst and worst.name,
-                error=worst and worst.error,
-            )
-            for file in old - {entry["file"] for new in journal.streams for entry in new}:
+            self._kept = [list(states.entries) for states in mine]
+            streams = [entries for kept in ranks.everyones(self._kept) for entries in kept]
+            if ranks.number() == 0:
+                part = self._write_block(index, block, solved)
+                layers = [layer_entry(report) for report in reports]
+                self._work.journal.blocks.append({**part, "layers": layers})
+                self._work.journal.streams = streams
+                self._work.commit()
+                clock.append(time.perf_counter())
+                self._log(index, reports, clock)
+            ranks.of_the_first(None)  # what is old is needed until the journal is written
+            for file in old - {entry["file"] for new in self._kept for entry in new}:
                 (self._work.folder / file).unlink()
 
     def finish(self) -> tuple[dict[str, str], dict[str, Any]]:
@@ -124,6 +126,7 @@ class Streamed:
         """
         source, work = self._source, self._work
         digests: dict[str, str] = {}
+        assert self._gate
         verdict = self._gate.verdict(self._judged)
         with writing(work.out):
             work.result.mkdir(exist_ok=True)
@@ -136,6 +139,7 @@ class Streamed:
                 found |= shards.entries(work.folder / part["file"])
             pack_outline(source.model, self._schemes())
             expected = checkpoint_tensors(source.model, source.keys)
+            _compare(expected, found)
             split = saving.shards(expected)
             for name, keys in split.filename_to_tensors.items():
                 tensors = {key: found[key] for key in keys}
@@ -144,6 +148,26 @@ class Streamed:
                 (work.result / shards.INDEX).write_text(saving.shard_index(split))
             write_companions(source.model, work.result, source.folder)
         return digests, verdict
+
+    def _write_block(
+        self, index: int, block: nn.Module, solved: Mapping[str, Sequence[QuantizedWeight]]
+    ) -> dict[str, Any]:
+        """Pack and write a block, and read it again; its file and that file's SHA-256."""
+        pack(block, solved)
+        prefix = f"{self._source.prefix}.{index}"
+        name = f"part-{index:05}.safetensors"
+        own = {f"{prefix}.{key}": tensor for key, tensor in block.state_dict().items()}
+        digest = self._write(name, own)
+        self._check(name, prefix, solved)
+        return {"file": name, "sha256": digest}
+
+    def _log(self, index: int, reports: Sequence[LayerReport], clock: Sequence[float]) -> None:
+        steps = zip(("solve", "judge", "write"), pairwise(clock), strict=True)
+        seconds = {step: round(stop - start, 3) for step, (start, stop) in steps}
+        worst = max(reports, key=lambda report: report.error, default=None)
+        found = {"layer": worst.name, "error": worst.error} if worst else None
+        name = f"{self._source.prefix}.{index}"
+        self._work.log("block", block=name, seconds=seconds, worst=found)
 
     def _write(self, name: str, own: dict[str, Tensor]) -> str:
         tensors = checkpoint_tensors(self._source.model, self._source.keys, own)
@@ -236,6 +260,23 @@ class States(MutableSequence[Tensor]):
             "shape": shape,
             "bytes": states.nbytes,
         }
+
+
+def _compare(expected: Mapping[str, Tensor], found: Mapping[str, shards.Entry]) -> None:
+    """Refuse finished parts that are not the tensors of the packed model.
+
+    Raises:
+        IntegrityError: names one that is missing, too many, or of another shape or dtype.
+    """
+    for key in {**expected, **found}:
+        want, have = expected.get(key), found.get(key)
+        if want is None or have is None:
+            raise IntegrityError(f"{key}: {'not expected' if have else 'missing'} in the result.")
+        if (tuple(want.shape), shards.name_of(want.dtype)) != (have.shape, have.dtype):
+            raise IntegrityError(
+                f"{key}: {have.dtype} {have.shape} in the result, expected "
+                f"{want.dtype} {tuple(want.shape)}."
+            )
 
 
 def stack_name(name: str) -> str:
