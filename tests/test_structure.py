@@ -11,16 +11,10 @@ ROOT = Path(__file__).parents[1]
 # A module may import modules of lower levels only.
 LEVELS = [
     {"errors", "progress", "cli_help", "demo", "graph"},
-<<<<<<< HEAD
+    {"ranks"},
     {"allocate", "scheme", "moments", "output", "text", "decode", "shards"},
     {"formats.compressed_tensors", "formats.columns", "calibrate", "journal"},
     {"backends", "formats.gptq", "formats.awq"},
-=======
-    {"ranks"},
-    {"scheme", "moments", "output", "text", "decode", "shards"},
-    {"formats.compressed_tensors", "calibrate", "journal"},
-    {"backends"},
->>>>>>> stream
     {"nn", "solvers", "solvers.grid"},
     {"fuse", "adapters", "store", "solvers.rtn", "solvers.gptq"},
     {"blocks", "solvers.descent"},
