@@ -142,7 +142,8 @@ def _fusable(group: list[PackedLinear]) -> bool:
     )
     distinct = len({id(layer) for layer in group}) == len(group)
     here = not any(layer.weight_packed.is_meta for layer in group)  # offloaded layers are on meta
-    return len(group) > 1 and len(kinds) == 1 and whole and distinct and here
+    ordered = any(layer.weight_order is not None for layer in group)
+    return len(group) > 1 and len(kinds) == 1 and whole and distinct and here and not ordered
 
 
 def _fuse(group: list[PackedLinear]) -> None:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -45,6 +46,7 @@ class PackedLinear(nn.Module):
         bias: whether there is a bias (N,).
         dtype: of the scales and the bias.
         device: where the (uninitialised) tensors live; "meta" for a loader to fill.
+        ordered: whether `weight_order` (K,) permutes inputs (see `QuantizedWeight.order`).
 
     Raises:
         SchemeError: the group size does not divide `in_features`.
@@ -53,6 +55,7 @@ class PackedLinear(nn.Module):
     weight_packed: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor | None
+    weight_order: Tensor | None
     bias: Tensor | None
     prepared: tuple[Tensor, ...]
 
@@ -64,6 +67,7 @@ class PackedLinear(nn.Module):
         bias: bool = False,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | None = None,
+        ordered: bool = False,
     ) -> None:
         super().__init__()
         if not scheme.divides(in_features):
@@ -83,6 +87,8 @@ class PackedLinear(nn.Module):
         self.weight_scale = empty(N, groups, dtype=dtype)
         zero = None if scheme.symmetric else empty(words(N, scheme.bits), groups)
         self.register_parameter("weight_zero_point", zero)
+        order = empty(K, dtype=torch.int64) if ordered else None
+        self.register_parameter("weight_order", order)
         self.weight_shape = _frozen(torch.tensor([N, K], device=device))
         self.register_parameter("bias", empty(N, dtype=dtype) if bias else None)
         self.wanted: str | None = backends.TORCH.name
@@ -93,7 +99,9 @@ class PackedLinear(nn.Module):
     def from_quantized(cls, q: QuantizedWeight, bias: Tensor | None = None) -> PackedLinear:
         """Pack a solver's result; `bias` (N,) is kept in its own dtype."""
         layer = cls(q.scheme, q.shape[1], q.shape[0], bias is not None, device="meta")
-        tensors = compressed_tensors.write("", q)
+        tensors = compressed_tensors.write("", replace(q, order=None))
+        if q.order is not None:
+            tensors["weight_order"] = q.order
         for name, tensor in tensors.items():
             setattr(layer, name, _frozen(tensor.to(q.codes.device)))
         if bias is not None:
@@ -113,13 +121,14 @@ class PackedLinear(nn.Module):
 
     def quantized(self) -> QuantizedWeight:
         """The unpacked value, exactly as the solver returned it."""
-        return compressed_tensors.unpack(
+        q = compressed_tensors.unpack(
             self.scheme,
             (self.out_features, self.in_features),
             self.weight_packed.detach(),
             self.weight_scale.detach(),
             self.weight_zero_point,
         )
+        return replace(q, order=self.weight_order)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The matrix (N, K) in `dtype` (default: that of the scales)."""
@@ -136,6 +145,8 @@ class PackedLinear(nn.Module):
         self.prepared = self.backend.prepare(self)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.weight_order is not None:
+            x = x.index_select(-1, self.weight_order)
         return self.backend.matmul(x, self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
@@ -190,6 +201,7 @@ class PackedExperts(nn.Module):
         down: scheme of all down matrices.
         dtype: of the scales (default: that of the module's weights).
         device: where the (uninitialised) tensors live.
+        ordered: stacks whose inputs are permuted, expert by expert: `_order` (E, K).
     """
 
     def __init__(
@@ -199,6 +211,7 @@ class PackedExperts(nn.Module):
         down: QuantScheme,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = "meta",
+        ordered: Collection[str] = (),
     ) -> None:
         super().__init__()
         stack: Tensor = experts.down_proj  # type: ignore[assignment]
@@ -213,7 +226,8 @@ class PackedExperts(nn.Module):
         self._stacked: tuple[PackedWeight, PackedWeight] | None = None
         for name, scheme in self.schemes.items():
             N, K = self.shapes[name]
-            one = PackedLinear(scheme, K, N, self.has_bias, dtype or stack.dtype, "meta")
+            kind = dtype or stack.dtype
+            one = PackedLinear(scheme, K, N, self.has_bias, kind, "meta", name in ordered)
             for suffix, parameter in one.named_parameters():
                 shape = (self.num_experts, *parameter.shape)
                 if suffix == "weight_shape" and name == "gate_up_proj" and self.merged:
@@ -258,7 +272,7 @@ class PackedExperts(nn.Module):
     def _layer(self, name: str, index: int) -> PackedLinear:
         stacked: dict[str, Tensor] = {
             suffix: getattr(self, _stacked_name(name, suffix))
-            for suffix in ("weight_packed", "weight_scale", "weight_zero_point", "bias")
+            for suffix in (*compressed_tensors.SUFFIXES[:3], "weight_order", "bias")
             if hasattr(self, _stacked_name(name, suffix))
         }
         N, K = self.shapes[name]

@@ -79,12 +79,15 @@ class QuantizedWeight:
         codes: uint8 (N, K), values 0..scheme.qmax.
         scale: (N, K/G) in the dtype in which it is stored (bf16, fp16 or fp32), positive.
         zero: uint8 (N, K/G), values 0..scheme.qmax.
+        order: int64 (K,), a permutation: column k stands for input order[k]; None = input k. Only
+            checkpoints of other tools have one (see `formats.gptq`).
     """
 
     scheme: QuantScheme
     codes: Tensor
     scale: Tensor
     zero: Tensor
+    order: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -99,7 +102,8 @@ class QuantizedWeight:
         codes = self.codes.unflatten(1, (self.scale.shape[1], -1))  # (N, K/G, G)
         centred = codes.to(torch.int16) - self.zero.unsqueeze(-1)
         weight = centred.to(self.scale.dtype) * self.scale.unsqueeze(-1)
-        return weight.flatten(1).to(dtype or self.scale.dtype)
+        weight = weight.flatten(1).to(dtype or self.scale.dtype)
+        return weight if self.order is None else weight[:, self.order.argsort()]
 
 
 def grouped(W: Tensor, scheme: QuantScheme) -> Tensor:

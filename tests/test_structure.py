@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 LEVELS = [
     {"errors", "progress", "cli_help", "demo", "graph"},
     {"scheme", "moments", "output", "text", "decode", "shards"},
-    {"formats.compressed_tensors", "calibrate", "journal"},
-    {"backends"},
+    {"formats.compressed_tensors", "formats.columns", "calibrate", "journal"},
+    {"backends", "formats.gptq", "formats.awq"},
     {"nn", "solvers", "solvers.grid"},
     {"fuse", "adapters", "store", "solvers.rtn", "solvers.gptq"},
     {"blocks", "solvers.descent"},

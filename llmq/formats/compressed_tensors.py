@@ -101,7 +101,16 @@ def unpack_bits(packed: Tensor, bits: int, size: int, dim: int = -1) -> Tensor:
 
 
 def write(name: str, q: QuantizedWeight) -> dict[str, Tensor]:
-    """The tensors of the module `name` ("" for bare keys), as they go into the file."""
+    """The tensors of the module `name` ("" for bare keys), as they go into the file.
+
+    Raises:
+        SchemeError: the columns of `q` have an order, which this layout has no place for.
+    """
+    if q.order is not None:
+        raise SchemeError(
+            f"{name or 'weight'}: its inputs are ordered by importance, which compressed-tensors "
+            "has no place for."
+        )
     prefix = f"{name}." if name else ""
     bits = q.scheme.bits
     tensors = {
