@@ -20,8 +20,8 @@ from torch import nn
 import llmq
 from llmq import demo, hf, plan as planning, ranks, shards
 from llmq.calibrate import adds_bos, check_variety, token_windows
-from llmq.errors import CalibrationError, FormatError, SchemeError
-from llmq.evaluate import Evaluation, evaluate as measure, protocol
+from llmq.errors import CalibrationError, FormatError, SchemeError, SourceError
+from llmq.evaluate import Evaluation, evaluate as measure
 from llmq.gate import TOKENS, Gate
 from llmq.hf.saving import original_folder
 from llmq.hf.streaming import StoredModel
@@ -29,9 +29,11 @@ from llmq.journal import Workplace, workplace
 from llmq.ladder import chosen
 from llmq.mixing import is_mixed, scan, uniform_width
 from llmq.objective import HELD_OUT
+from llmq.origin import command, origin, public_name
 from llmq.output import enough_memory, writing
 from llmq.plan import Plan
 from llmq.progress import progress_bar
+from llmq.protocols import PROTOCOLS, WIKITEXT2, read_windows
 from llmq.quantize import (
     LayerReport,
     Recipe,
@@ -41,6 +43,8 @@ from llmq.quantize import (
     quantize as run,
 )
 from llmq.report import (
+    REPORT_FILE,
+    add_evaluation,
     bits_per_weight,
     expert_coverage,
     inspect_checkpoint,
@@ -125,6 +129,7 @@ def quantize(
         LlmqError: see `llmq.errors`; nothing is left at `out` then. Once blocks are finished, they
             are kept in a hidden folder beside it, and the same call continues with them.
     """
+    given = dict(locals())
     start = time.perf_counter()
     method, recipe = chosen(method, quality)
     bits = int(bits) if bits == int(bits) else bits
@@ -183,7 +188,8 @@ def quantize(
                 return ranks.of_the_first(None)
             digests, verdict = store.finish()
         report = {
-            "source": name,
+            **origin(name, config),
+            "command": command(quantize, given),
             "method": method,
             "bits": bits,
             "predicted_kl": kl,
@@ -192,7 +198,8 @@ def quantize(
             "lm_head": lm_head,
             "skip": list(skip),
             "calibration": {
-                "text": "embedded" if calibration is None else describe(calibration),
+                "text": "embedded" if calibration is None else _public(calibration),
+                "sha256": fingerprint(windows),
                 "windows": len(windows),
                 "seq_len": seq_len,
                 "tokens": windows.numel(),
@@ -363,7 +370,9 @@ def evaluate(
     windows: int | None = None,
     reference: str | os.PathLike[str] | nn.Module | None = None,
     join: str = "documents",
-    bos: bool = False,
+    bos: bool | None = None,
+    protocol: str = "windows",
+    record: bool = False,
     device: str = "auto",
     progress: bool = False,
 ) -> Evaluation:
@@ -373,12 +382,16 @@ def evaluate(
         model: folder, Hub name or model object, quantized or not.
         text: see `llmq.text`; None = a little public-domain text that comes with llmq.
         tokenizer: for a model object and text; token ids need none.
-        seq_len: window length (default: 2048, or the model's context if that is shorter).
+        seq_len: window length (default: the protocol's, or the model's context if that is
+            shorter).
         windows: how many, from the start of the text; None = all.
         reference: the full-precision model: folder, Hub name or object.
         join: "wikitext" if `text` is a raw file of wikitext and rows shall be joined as in the
             GPTQ paper.
         bos: start every window with BOS. The paper does not; Gemma needs it.
+        protocol: "windows", "wikitext2", "c4" or "llama.cpp", see `llmq.protocols`. The last three
+            lay down join and bos.
+        record: add the result to the report in the folder `model`, for its page and its card.
         device: "auto" = the GPU if there is one. A model object stays where it is.
         progress: show a bar on standard error if that is a terminal.
 
@@ -391,23 +404,37 @@ def evaluate(
     config = model.config if name is None else open_config(name)  # type: ignore[union-attr]
     if name is not None and tokenizer is None:
         tokenizer = open_tokenizer(name)
-    seq_len = _window_length(config, seq_len, 2048)
-    chosen = demo.evaluation_path() if text is None else text
-    ids = token_windows(chosen, tokenizer, seq_len=seq_len, samples=windows, join=join, bos=bos)
-    _check_vocabulary(ids, config)
+    if record and (name is None or not (Path(name) / REPORT_FILE).is_file()):
+        raise SourceError(f"{name}: record needs a folder that llmq quantize wrote.")
+    seq_len = _window_length(config, seq_len, PROTOCOLS.get(protocol, 2048))
+    if text is None and protocol == "wikitext2":
+        text = WIKITEXT2
+    read = read_windows(
+        protocol,
+        demo.evaluation_path() if text is None else text,
+        tokenizer,
+        seq_len=seq_len,
+        samples=windows,
+        join=join,
+        bos=bos,
+        described="llmq's own text" if text is None else _public(text),
+    )
+    _check_vocabulary(read.ids, config)
     if isinstance(reference, str | os.PathLike):
         reference = open_model(check_path(reference), where)
     loaded = open_model(name, where) if name is not None else model
     assert isinstance(loaded, nn.Module)
-    found = measure(loaded, ids, reference, progress=progress)
-    described = "llmq's own text" if text is None else describe(text)
-    return dataclasses.replace(
+    found = measure(loaded, read.ids, reference, first=read.first, progress=progress)
+    found = dataclasses.replace(
         found,
         seconds=time.perf_counter() - start,
-        protocol=protocol(described, len(ids), seq_len, join=join, bos=bos),
+        protocol=read.sentence,
         bits_per_weight=_stored_bits(name),
         peak_memory_bytes=peak_memory_bytes(where),
     )
+    if record and name is not None:
+        add_evaluation(Path(name), found.to_json())
+    return found
 
 
 def load(path: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
@@ -420,13 +447,20 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
     return hf.load(check_path(path), **kwargs)
 
 
+def _public(source: Source) -> str:
+    """A source of text in a few words, without the path of a file."""
+    return public_name(source) if isinstance(source, str | os.PathLike) else describe(source)
+
+
 def _outcome(folder: Path, layers: Sequence[LayerReport]) -> dict[str, Any]:
     """What a report says about versions and layers."""
+    stored = inspect_checkpoint(folder)
     return {
         "llmq": llmq.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "bits_per_weight": bits_per_weight(inspect_checkpoint(folder)),
+        "bits_per_weight": bits_per_weight(stored),
+        "bytes": sum(layer.bytes for layer in stored),
         "expert_coverage": expert_coverage(layers),
         "layers": [layer_entry(layer) for layer in layers],
     }

@@ -5,21 +5,18 @@ Nothing heavy is imported before a command runs, so that `llmq --help` answers a
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from llmq import cli_help
+from llmq import cli_help, cli_share
+from llmq.cli_common import AsJson, finish as _finish, start as _start
 from llmq.errors import LlmqError
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -61,10 +58,16 @@ class Activations(str, Enum):
     disk = "disk"
 
 
+class Protocol(str, Enum):
+    """Which windows of a text are read, and which of their tokens count."""
+
+    windows = "windows"
+    wikitext2 = "wikitext2"
+    c4 = "c4"
+    llama_cpp = "llama.cpp"
+
+
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; auto = the GPU if there is one.")]
-AsJson = Annotated[
-    bool, typer.Option("--json", help="End standard output with one JSON object on one line.")
-]
 JoinOption = Annotated[
     Join, typer.Option(help="wikitext: the text is a raw file of wikitext; join rows as papers do.")
 ]
@@ -132,6 +135,13 @@ def quantize(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Forget an unfinished run; else it is continued.")
     ] = False,
+    eval_text: Annotated[
+        str | None, typer.Option(help="Held-out text: measure what was lost, and report it.")
+    ] = None,
+    push_to: Annotated[
+        str | None, typer.Option(metavar="USER/NAME", help="Push the result to the Hub.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="With --push-to.")] = False,
     as_json: AsJson = False,
 ) -> None:
     console = _start(as_json)
@@ -142,9 +152,11 @@ def quantize(
             style="yellow",
             soft_wrap=True,
         )
-    from llmq import api
+    from llmq import api, hub
     from llmq.report import size, table
 
+    if push_to is not None:
+        hub.check_access(push_to)  # before the work, not after it
     report = api.quantize(
         src,
         out,
@@ -184,6 +196,15 @@ def quantize(
         highlight=False,
         soft_wrap=True,
     )
+    if eval_text is not None:
+        found = api.evaluate(
+            str(out), eval_text, reference=src, record=True, device=device, progress=True
+        )
+        _show(console, found)
+        report["evaluations"] = [found.to_json()]
+    if push_to is not None:
+        pushed = hub.push(out, push_to, private=private)
+        console.print(f"Pushed to {pushed.url}", highlight=False, soft_wrap=True)
     _finish(report, as_json)
 
 
@@ -313,13 +334,18 @@ def evaluate(
         str | None, typer.Option(help="The full-precision model, for KL and top-1 agreement.")
     ] = None,
     join: JoinOption = Join.documents,
-    bos: Bos = False,
+    bos: Bos = None,
+    protocol: Annotated[
+        Protocol, typer.Option(help="Which windows, and which tokens of them, see above.")
+    ] = Protocol.windows,
+    record: Annotated[
+        bool, typer.Option("--record", help="Add the result to MODEL's report, page and card.")
+    ] = False,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     console = _start(as_json)
     from llmq import api
-    from llmq.report import table, with_error
 
     found = api.evaluate(
         model,
@@ -328,21 +354,38 @@ def evaluate(
         windows=windows,
         reference=reference,
         join=join.value,
-        bos=bool(bos),
+        bos=bos,
+        protocol=protocol.value,
+        record=record,
         device=device,
         progress=True,
     )
+    _show(console, found)
+    _finish(found.to_json(), as_json)
+
+
+def _show(console: Any, found: Any) -> None:
+    """A measurement as a table, and how it was made."""
+    from llmq.report import table, with_error
+
     rows = [("perplexity", with_error(found.perplexity, found.perplexity_stderr))]
     if found.kl is not None:
-        rows.append(
-            ("KL to the reference (nats per token)", with_error(found.kl, found.kl_stderr, 5))
-        )
-        rows.append(("top-1 agreement", with_error(found.top1, found.top1_stderr, 4)))
+        rows += [
+            ("perplexity of the reference", with_error(found.reference_perplexity, None)),
+            (
+                "paired difference (nats per token)",
+                with_error(found.nll_difference, found.nll_difference_stderr, 5),
+            ),
+            ("KL to the reference (nats per token)", with_error(found.kl, found.kl_stderr, 5)),
+            ("top-1 agreement", with_error(found.top1, found.top1_stderr, 4)),
+        ]
+        if found.nll_difference_95 is not None:
+            low, high = found.nll_difference_95
+            rows.insert(3, ("  95% interval (bootstrap)", f"{low:+.5f} to {high:+.5f}"))
     if found.bits_per_weight is not None:
         rows.append(("bits per weight", f"{found.bits_per_weight:.2f}"))
     console.print(table("", ["measure", "value"], rows))
     console.print(found.protocol, highlight=False, soft_wrap=True)
-    _finish(found.to_json(), as_json)
 
 
 @app.command(help=cli_help.GENERATE)
@@ -500,16 +543,6 @@ def demo(
     _finish({"trials": entries}, as_json)
 
 
-def _start(as_json: bool) -> Console:
-    """Keep the libraries quiet; where people read: standard error if a program reads the output."""
-    from rich.console import Console
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    return Console(stderr=as_json)
-
-
 def _numbers(option: str, text: str) -> list[int]:
     """ "1,4,16" -> [1, 4, 16]"""
     parts = text.split(",")
@@ -520,9 +553,8 @@ def _numbers(option: str, text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _finish(result: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(result, allow_nan=False, default=str))
+app.command(help=cli_help.PUSH)(cli_share.push)
+app.command(help=cli_help.COMPARE)(cli_share.compare)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

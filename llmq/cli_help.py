@@ -57,10 +57,32 @@ EVAL = (
     "numbers of one protocol. [bold]KL[/bold] to the full-precision model is the sharpest measure "
     "of what quantization did: it needs far less text than perplexity for the same "
     "certainty.\n\n"
+    "With a reference, the change in log-likelihood is measured window by window, so that its "
+    "error bar is far smaller than that of either perplexity.\n\n"
+    "[bold]Protocols[/bold] windows: the text in windows, nothing added (--bos: BOS in front of "
+    "each). wikitext2: the GPTQ paper's, 2048 tokens. c4: that paper's 256 crops; give its "
+    "validation file as .jsonl. llama.cpp: 512 tokens, the second half of each window scored.\n\n"
     "[bold]Examples[/bold]\n\n"
     "llmq eval ./model-4bit --text held-out.txt --reference ./model\n\n"
-    "As in papers: llmq eval ./model --text wiki.test.raw --join wikitext --seq-len 2048\n\n"
+    "As in papers: llmq eval ./model --protocol wikitext2 --text wiki.test.raw\n\n"
     "Gemma needs BOS: llmq eval google/gemma-3-1b-pt --text held-out.txt --bos"
+)
+
+PUSH = (
+    "Put a checkpoint on the Hugging Face Hub, with a card made from what was measured.\n\n"
+    "The folder must be whole. An upload that was interrupted goes on where it stopped when the "
+    "command is given again. The card states only numbers that are in the report: run llmq eval "
+    "--record first. Log in once with: hf auth login\n\n"
+    "[bold]Examples[/bold]\n\n"
+    "llmq push ./model-4bit me/model-4bit --dry-run\n\n"
+    "llmq push ./model-4bit me/model-4bit --private --base-model org/model"
+)
+
+COMPARE = (
+    "Put several checkpoints of one model on one page: KL against size.\n\n"
+    "Each must have been measured by llmq eval --record on the same text.\n\n"
+    "[bold]Example[/bold]\n\n"
+    "llmq compare ./model-4bit ./model-3bit --out compare.html"
 )
 
 GENERATE = (

@@ -10,7 +10,8 @@ LlmqError                      the CLI prints it as one line and exits with stat
 |-- MemoryLimitError           this machine has too little memory for this run
 |-- ProcessError               another process of the same run has ended
 |-- FormatError                a checkpoint on disk that is not what it claims to be
-`-- BackendError               a backend named by the user cannot run this layer (`why_not`)
+|-- BackendError               a backend named by the user cannot run this layer (`why_not`)
+`-- HubError                   the Hub cannot be reached, or does not let you write there
 """
 
 
@@ -56,3 +57,7 @@ class FormatError(LlmqError):
 
 class BackendError(LlmqError):
     """A backend that the user named cannot run this layer; the text is its `why_not`."""
+
+
+class HubError(LlmqError):
+    """The Hub cannot be reached, there is no token, or the repository is not yours to write."""

@@ -7,6 +7,10 @@ every error bar: tokens of one window are far from independent.
 
 Logits are looked at a slice at a time, in float32, and never kept: memory does not grow with the
 text, and with most models not even one window's logits exist at once.
+
+Two models read the same windows, so their difference is measured window by window: what makes a
+window hard cancels, and the error bar of the difference is far smaller than that of either
+perplexity.
 """
 
 from __future__ import annotations
@@ -14,18 +18,20 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmq.errors import NonFiniteError, SourceError
+from llmq.errors import CalibrationError, NonFiniteError, SourceError
 from llmq.progress import progress_bar
 
 _BATCH_TOKENS = 2048
 _SLICE_ENTRIES = 2**23  # logits in float32 at once: 32 MiB
+_KL_EDGES = tuple(10 ** (k / 4) for k in range(-24, 9))  # 1e-6 to 100 nats, 4 bins per decade
+_RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,14 @@ class Evaluation:
         nll, nll_stderr: the same in nats per token.
         kl, kl_stderr: KL(reference || model) in nats per token.
         top1, top1_stderr: share of tokens where both models rate the same token highest.
-        tokens: tokens scored, windows * (seq_len - 1).
+        reference_perplexity: of the reference on the same tokens.
+        nll_difference, nll_difference_stderr: model - reference, in nats per token; the error is
+            that of paired windows.
+        nll_difference_95: 95% interval of that difference: percentile bootstrap over windows
+            (Efron 1979), 2000 resamples with a fixed seed.
+        kl_histogram: tokens by their KL: `edges` (n + 1) in nats, `counts` (n); tokens below the
+            first edge are in the first bin, those above the last in the last.
+        tokens: tokens scored.
         seconds: time taken.
         protocol: one sentence that says how this was measured.
         bits_per_weight: of the quantized matrices, scales and zero points included; of a model
@@ -61,6 +74,11 @@ class Evaluation:
     protocol: str = ""
     bits_per_weight: float | None = None
     peak_memory_bytes: int | None = None
+    reference_perplexity: float | None = None
+    nll_difference: float | None = None
+    nll_difference_stderr: float | None = None
+    nll_difference_95: tuple[float, float] | None = None
+    kl_histogram: dict[str, list[float]] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The known values, ready for `json.dumps`."""
@@ -73,6 +91,7 @@ def evaluate(
     windows: Tensor,
     reference: nn.Module | None = None,
     *,
+    first: int = 0,
     progress: bool = False,
 ) -> Evaluation:
     """Measure a causal language model of transformers on windows of token ids.
@@ -80,58 +99,93 @@ def evaluate(
     Args:
         model: any causal LM; its mode and parameters are not changed.
         windows: int64 (windows, seq_len), for instance of `calibrate.token_windows`.
-        reference: the full-precision model, for KL and top-1 agreement.
+        reference: the full-precision model, for KL, top-1 agreement and paired differences.
+        first: in every window only tokens after this position are scored; those up to it are
+            context. 0 scores all that have a predecessor.
         progress: show a bar on standard error if that is a terminal.
 
     Raises:
         NonFiniteError: the model's likelihoods are NaN or infinite.
         SourceError: the two models have different vocabularies.
+        CalibrationError: `first` leaves no token to score.
     """
     start = time.perf_counter()
     seq_len = windows.shape[1]
     models = [model] if reference is None else [model, reference]
     slicers = [_slicer(each, windows[:1, : min(8, seq_len)]) for each in models]
-    rows = []  # per batch (windows, 1 or 3)
+    if not 0 <= first < seq_len - 1:
+        raise CalibrationError(f"first={first}: windows of {seq_len} tokens leave none to score.")
+    rows = []  # per batch (windows, 1 or 4)
+    histogram = torch.zeros(len(_KL_EDGES) - 1, dtype=torch.int64)
     with progress_bar("Evaluating", len(windows), show=progress) as advance:
         for ids in windows.split(max(1, _BATCH_TOKENS // seq_len)):
             done = sum(map(len, rows))
-            rows.append(_window_means(ids, [slicer(ids) for slicer in slicers]))
+            tokens = _token_values(ids, [slicer(ids) for slicer in slicers])[:, first:]
+            rows.append(tokens.mean(1))
             advance(done + len(ids))
             if not rows[-1].isfinite().all():
                 raise NonFiniteError(
                     f"{type(model).__name__}: likelihoods are NaN or infinite in windows {done} "
                     f"to {done + len(ids) - 1}. Check the weights, or load it in bfloat16."
                 )
-    values = torch.cat(rows)  # (windows, 1 or 3)
-    mean = values.mean(0).tolist() + [None] * (3 - values.shape[1])
-    error: list[Any] = [None] * 3
-    if len(values) > 1:
-        error[: values.shape[1]] = (values.std(0) / math.sqrt(len(values))).tolist()
-    perplexity = math.exp(min(mean[0], 700.0))  # stays a float for the worst of models
-    return Evaluation(
-        perplexity=perplexity,
-        perplexity_stderr=None if error[0] is None else perplexity * error[0],
-        nll=mean[0],
-        nll_stderr=error[0],
-        kl=mean[1],
-        kl_stderr=error[1],
-        top1=mean[2],
-        top1_stderr=error[2],
+            if reference is not None:
+                histogram += _histogram(tokens[..., 1].flatten())
+    values = torch.cat(rows)  # (windows, 1 or 4): NLL, and KL, top-1, NLL of the reference
+    found = Evaluation(
+        **_moments("nll", values[:, 0]),
+        perplexity=_exp(float(values[:, 0].mean())),
+        perplexity_stderr=None,
+        kl=None,
+        kl_stderr=None,
+        top1=None,
+        top1_stderr=None,
         windows=len(values),
         seq_len=seq_len,
-        tokens=len(values) * (seq_len - 1),
+        tokens=len(values) * (seq_len - 1 - first),
         seconds=time.perf_counter() - start,
     )
-
-
-def protocol(text: str, windows: int, seq_len: int, *, join: str, bos: bool) -> str:
-    """How a perplexity was measured, in one sentence."""
-    rows = " as rows joined by blank lines (GPTQ paper)" if join == "wikitext" else ""
-    first = "each starting with BOS" if bos else "no BOS"
-    return (
-        f"{text}{rows}: {windows} non-overlapping windows of {seq_len} tokens, {first}, "
-        f"{windows * (seq_len - 1)} tokens scored; +- is one standard error over windows."
+    if found.nll_stderr is not None:
+        found = replace(found, perplexity_stderr=found.perplexity * found.nll_stderr)
+    if reference is None:
+        return found
+    difference = values[:, 0] - values[:, 3]
+    return replace(
+        found,
+        **_moments("kl", values[:, 1]),
+        **_moments("top1", values[:, 2]),
+        **_moments("nll_difference", difference),
+        reference_perplexity=_exp(float(values[:, 3].mean())),
+        nll_difference_95=bootstrap_interval(difference) if len(values) > 1 else None,
+        kl_histogram={"edges": list(_KL_EDGES), "counts": histogram.tolist()},
     )
+
+
+def bootstrap_interval(
+    values: Tensor, level: float = 0.95, resamples: int = _RESAMPLES, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of `values` (n,): resampled with replacement."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(len(values), (resamples, len(values)), generator=generator)
+    means = values.double()[chosen].mean(1)  # (resamples,)
+    tail = (1 - level) / 2
+    low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def _moments(name: str, values: Tensor) -> dict[str, Any]:
+    """Mean and standard error over windows, under the names of `Evaluation`."""
+    error = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else None
+    return {name: float(values.mean()), f"{name}_stderr": error}
+
+
+def _exp(nll: float) -> float:
+    return math.exp(min(nll, 700.0))  # stays a float for the worst of models
+
+
+def _histogram(kl: Tensor) -> Tensor:
+    """How many values (n,) fall between neighbours of _KL_EDGES; the ends take what is beyond."""
+    edges = torch.tensor(_KL_EDGES[1:-1], dtype=kl.dtype)
+    return torch.bincount(torch.bucketize(kl.contiguous(), edges), minlength=len(_KL_EDGES) - 1)
 
 
 Slicer = Callable[[Tensor], Iterator[Tensor]]
@@ -168,8 +222,11 @@ def _slicer(model: nn.Module, probe: Tensor) -> Slicer:
     return slices
 
 
-def _window_means(ids: Tensor, logits: list[Iterator[Tensor]]) -> Tensor:
-    """Mean per window of NLL, and with two models KL and top-1 agreement: float64 (B, 1 or 3)."""
+def _token_values(ids: Tensor, logits: list[Iterator[Tensor]]) -> Tensor:
+    """NLL of every token but the first, and with two models KL, top-1, NLL of the second.
+
+    float64 (B, L - 1, 1 or 4) on the CPU.
+    """
     targets = ids[:, 1:].flatten()
     done, parts = 0, []
     for model, *others in zip(*logits, strict=True):
@@ -186,6 +243,7 @@ def _window_means(ids: Tensor, logits: list[Iterator[Tensor]]) -> Tensor:
             log_p = F.log_softmax(other.to(log_q.device), -1)
             columns.append(F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1))
             columns.append((log_q.argmax(-1) == log_p.argmax(-1)).float())
+            columns.append(-log_p.gather(1, target[:, None])[:, 0])
         parts.append(torch.stack(columns, 1).double().cpu())
         done += rows
-    return torch.cat(parts).unflatten(0, (len(ids), -1)).mean(1)
+    return torch.cat(parts).unflatten(0, (len(ids), -1))

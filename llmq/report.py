@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmq.errors import FormatError, SourceError
+from llmq.output import writing
+from llmq.page import report_page
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from llmq.sensitivity import Sensitivity
 
 REPORT_FILE = "quantization_report.json"
+PAGE_FILE = "quantization_report.html"
 _PARTS = ("_packed", "_scale", "_zero_point", "_shape")
 _INTEGERS = {"I64": "q", "I32": "i"}
 _HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors format
@@ -87,9 +90,29 @@ def layer_entry(layer: Any) -> dict[str, Any]:
 
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
-    """Write `quantization_report.json`. NaN is no JSON and is refused."""
+    """Write `quantization_report.json` and the page of it. NaN is no JSON and is refused."""
     text = json.dumps(report, indent=1, allow_nan=False)
     (folder / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
+    (folder / PAGE_FILE).write_text(report_page(report), encoding="utf-8")
+
+
+def add_evaluation(folder: Path, measured: Mapping[str, Any]) -> None:
+    """Add a measurement to the report in `folder`; an earlier one by the same protocol goes.
+
+    Args:
+        measured: what `Evaluation.to_json` returns.
+
+    Raises:
+        SourceError: there is no report.
+        OutputError: it cannot be written.
+    """
+    report = read_report(folder)
+    if report is None:
+        raise SourceError(f"{folder}: no {REPORT_FILE}. Give a folder that llmq quantize wrote.")
+    kept = [e for e in report.get("evaluations", []) if e["protocol"] != measured["protocol"]]
+    report["evaluations"] = [*kept, dict(measured)]
+    with writing(folder):
+        write_report(folder, report)
 
 
 def read_report(folder: Path) -> dict[str, Any] | None:

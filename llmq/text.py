@@ -46,22 +46,34 @@ def load_text(
     """
     if join not in JOINS:
         raise CalibrationError(f"join={join!r}: use one of {', '.join(JOINS)}.")
-    documents: list[str] = []
+    found: list[str] = []
     length, is_chat = 0, False
     for where, row in _rows(source):
         text, chat = _row_text(row, where, tokenizer)
-        documents.append(text)
+        found.append(text)
         is_chat |= chat
         length += len(text)
         if max_tokens is not None and _on_hub(source) and length > _CHARS_PER_TOKEN * max_tokens:
             break
     if join == "wikitext":
-        documents = [row for text in documents for row in wikitext_rows(text)]
+        found = [row for text in found for row in wikitext_rows(text)]
     # A chat template already ends every conversation in its own way.
-    text = ("" if is_chat else "\n\n").join(documents)
+    text = ("" if is_chat else "\n\n").join(found)
     if not text.strip():
         raise CalibrationError(f"{describe(source)}: the text is empty; 0 tokens found.")
     return text
+
+
+def documents(source: Source, tokenizer: Any = None) -> list[str]:
+    """The documents of a source one by one.
+
+    Raises:
+        CalibrationError: missing, unreadable or empty; or chats without a chat template.
+    """
+    found = [_row_text(row, where, tokenizer)[0] for where, row in _rows(source)]
+    if not found:
+        raise CalibrationError(f"{describe(source)}: holds no document.")
+    return found
 
 
 def wikitext_rows(text: str) -> list[str]:

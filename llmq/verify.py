@@ -21,7 +21,7 @@ from torch import Tensor
 from llmq import shards
 from llmq.errors import FormatError, IntegrityError, SourceError
 from llmq.journal import LOG
-from llmq.report import REPORT_FILE, inspect_checkpoint
+from llmq.report import PAGE_FILE, REPORT_FILE, inspect_checkpoint
 
 CHECKSUMS = "checksums.sha256"
 _ROWS = 1 << 22  # codes that are unpacked at once
@@ -99,7 +99,7 @@ def seal(folder: Path, known: Mapping[str, str]) -> None:
     Not of report and log: these tell times, and the rest is the same from run to run.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    left = {CHECKSUMS, REPORT_FILE, LOG}
+    left = {CHECKSUMS, REPORT_FILE, PAGE_FILE, LOG}
     names = [path.relative_to(folder).as_posix() for path in files if path.name not in left]
     lines = [f"{known.get(name) or shards.file_hash(folder / name)}  {name}\n" for name in names]
     (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")

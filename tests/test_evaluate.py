@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 from zoo import tiny_ids, tiny_model
 
-from llmq.errors import NonFiniteError, SourceError
+from llmq.errors import CalibrationError, NonFiniteError, SourceError
 
 # gemma2 caps its logits after the head, cohere2 scales them, gpt2 ties and opt shifts positions
 NAMES = ["llama", "gemma2", "cohere2", "gpt2", "opt", "mixtral"]
@@ -91,10 +91,56 @@ def test_different_vocabularies_cannot_be_compared() -> None:
         evaluate.evaluate(tiny_model("llama"), WINDOWS, tiny_model("llama", vocab_size=400))
 
 
-def test_the_protocol_is_one_sentence() -> None:
-    said = evaluate.protocol("a.txt", 3, 1024, join="wikitext", bos=False)
-    assert said == (
-        "a.txt as rows joined by blank lines (GPTQ paper): 3 non-overlapping windows of 1024 "
-        "tokens, no BOS, 3069 tokens scored; +- is one standard error over windows."
-    )
-    assert "each starting with BOS" in evaluate.protocol("a", 3, 9, join="documents", bos=True)
+def test_paired_differences_are_those_of_the_definition() -> None:
+    model, reference = tiny_model("llama"), tiny_model("llama", seed=1)
+    found = evaluate.evaluate(model, WINDOWS, reference)
+    nll = [by_definition(m, m, WINDOWS)[:, 0] for m in (model, reference)]
+    difference = nll[0] - nll[1]
+    assert found.nll_difference == pytest.approx(float(difference.mean()), rel=1e-3)
+    error = float(difference.std()) / math.sqrt(5)
+    assert found.nll_difference_stderr == pytest.approx(error, rel=1e-3)
+    assert found.reference_perplexity == pytest.approx(math.exp(float(nll[1].mean())), rel=1e-4)
+    assert found.nll_difference_95 is not None
+    low, high = found.nll_difference_95
+    assert float(difference.min()) <= low < found.nll_difference < high <= float(difference.max())
+
+
+def test_the_bootstrap_covers_what_it_says() -> None:
+    """Of 300 samples of a skewed law, the interval holds the true mean about 95% of the time."""
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.empty(300, 100).exponential_(generator=generator)
+    held = [
+        low < 1 < high
+        for low, high in (evaluate.bootstrap_interval(row, resamples=500) for row in samples)
+    ]
+    assert 0.88 < sum(held) / len(held) < 0.99
+
+
+def test_the_histogram_counts_every_token() -> None:
+    model, reference = tiny_model("llama"), tiny_model("llama", seed=1)
+    found = evaluate.evaluate(model, WINDOWS, reference)
+    assert found.kl_histogram is not None
+    edges, counts = found.kl_histogram["edges"], found.kl_histogram["counts"]
+    assert len(edges) == len(counts) + 1
+    assert sum(counts) == found.tokens
+    with torch.no_grad():
+        q, p = (F.log_softmax(m(WINDOWS).logits[:, :-1].double(), -1) for m in (model, reference))
+    kl = (p.exp() * (p - q)).sum(-1).flatten()
+    inside = kl.clamp(edges[0] * 1.001, edges[-1] / 1.001)
+    expected, _ = torch.histogram(inside, torch.tensor(edges, dtype=torch.float64))
+    assert counts == expected.tolist()
+    itself = evaluate.evaluate(model, WINDOWS, model).kl_histogram
+    assert itself is not None
+    assert itself["counts"][0] == found.tokens
+
+
+def test_only_tokens_after_first_are_scored() -> None:
+    model = tiny_model("llama")
+    found = evaluate.evaluate(model, WINDOWS, first=12)
+    with torch.no_grad():
+        logits = model(input_ids=WINDOWS).logits[:, 12:-1].double()
+    expected = F.cross_entropy(logits.flatten(0, 1), WINDOWS[:, 13:].flatten())
+    assert found.nll == pytest.approx(float(expected), rel=1e-5)
+    assert found.tokens == 5 * 11
+    with pytest.raises(CalibrationError, match="leave none to score"):
+        evaluate.evaluate(model, WINDOWS, first=23)

@@ -1,0 +1,189 @@
+"""The model card (README.md) of a checkpoint, from the report that lies beside it.
+
+Only what was measured is stated as a number; what was not is called "not measured". The metadata
+on top is what the Hub reads: base model and relation, license of the original, `model-index`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from llmq.page import WORST, plus_minus
+from llmq.plots import short
+
+MARK = "<!-- This card was made from quantization_report.json by llmq push. -->"
+_HOME = "https://pypi.org/project/llmq-quant"
+
+
+def model_card(
+    report: Mapping[str, Any],
+    repo: str,
+    *,
+    base_model: str | None = None,
+) -> str:
+    """The text of README.md.
+
+    Args:
+        report: of `llmq.quantize`, with or without "evaluations".
+        repo: "user/name" under which it will be loaded.
+        base_model: name on the Hub of the original, if the report does not know one.
+    """
+    base = base_model or report.get("base_model")
+    measured = list(report.get("evaluations", []))
+    title = repo.rpartition("/")[2]
+    sections = [
+        f"---\n{_metadata(report, repo, base, measured).to_yaml()}\n---\n\n{MARK}",
+        f"# {title}",
+        _introduction(report, base),
+        f"## What was lost\n\n{_losses(measured)}",
+        f"## How it was made\n\n{_recipe(report)}",
+        f"## Worst layers\n\n{_worst(report.get('layers', []))}",
+        f"## How to load it\n\n{_loading(repo, bool(report['symmetric']))}",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _metadata(
+    report: Mapping[str, Any], repo: str, base: str | None, measured: Sequence[Mapping[str, Any]]
+) -> ModelCardData:
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=_dataset(entry),
+            dataset_name=entry["protocol"].split(": ")[0],
+            metric_type=metric,
+            metric_name=name,
+            metric_config=entry["protocol"],
+            metric_value=entry[metric],
+        )
+        for entry in measured
+        for metric, name in _METRICS.items()
+        if metric in entry
+    ]
+    known: dict[str, Any] = dict(report.get("card", {}))
+    if base:
+        known |= {"base_model": base, "base_model_relation": "quantized"}
+    if results:
+        known |= {"eval_results": results, "model_name": repo.rpartition("/")[2]}
+    tags = ["llmq", "compressed-tensors", report["method"], f"{report['bits']}-bit"]
+    return ModelCardData(
+        library_name="transformers", pipeline_tag="text-generation", tags=tags, **known
+    )
+
+
+_METRICS = {
+    "perplexity": "perplexity",
+    "kl": "KL divergence from the full-precision model, nats per token",
+    "top1": "share of tokens where both models' likeliest token is the same",
+}
+
+
+def _dataset(entry: Mapping[str, Any]) -> str:
+    """An identifier of the text, as metadata wants one."""
+    text = entry["protocol"].split(": ")[0].split(" ")[0].lower()
+    return "".join(c if c.isalnum() or c in "-_./" else "-" for c in text) or "text"
+
+
+def _introduction(report: Mapping[str, Any], base: str | None) -> str:
+    of = f"[{base}](https://huggingface.co/{base})" if base else f"`{report['source']}`"
+    revision = report.get("base_revision")
+    at = f" (revision `{revision[:12]}`)" if base and revision else ""
+    size = report.get("bytes")
+    stored = f", {size / 1e6:.2f} MB of weights" if size is not None else ""
+    return (
+        f"A weight-only quantized version of {of}{at}, made with "
+        f"[llmq]({_HOME}) {report['llmq']}: {_format(report)}, method `{report['method']}`, "
+        f"{report['bits_per_weight']:.3f} bits per quantized weight, scales included{stored}."
+    )
+
+
+def _format(report: Mapping[str, Any]) -> str:
+    layers = report.get("layers", [])
+    widths = sorted({layer["bits"] for layer in layers if "bits" in layer})
+    bits = " and ".join(map(str, widths)) if len(widths) > 1 else str(report["bits"])
+    group = report["group_size"]
+    groups = "one group per row" if group == -1 else f"groups of {group}"
+    return f"{bits} bits in {groups}, {'symmetric' if report['symmetric'] else 'with zero points'}"
+
+
+def _losses(measured: Sequence[Mapping[str, Any]]) -> str:
+    if not measured:
+        return (
+            "Perplexity: not measured. KL divergence from the original: not measured. "
+            "Top-1 agreement: not measured."
+        )
+    parts = []
+    for entry in measured:
+        rows = [("perplexity", plus_minus(entry["perplexity"], entry.get("perplexity_stderr")))]
+        before = entry.get("reference_perplexity")
+        rows.append(
+            ("perplexity of the original", "not measured" if before is None else short(before))
+        )
+        if "nll_difference" in entry:
+            change = plus_minus(entry["nll_difference"], entry.get("nll_difference_stderr"))
+            rows.append(("paired change, nats per token", change))
+        kl, top1 = entry.get("kl"), entry.get("top1")
+        said = "not measured" if kl is None else plus_minus(kl, entry.get("kl_stderr"))
+        rows.append(("KL from the original, nats per token", said))
+        rows.append(("top-1 agreement", "not measured" if top1 is None else f"{top1:.2%}"))
+        parts.append(f"{_table(('measure', 'value'), rows)}\n\n{entry['protocol']}")
+    return "\n\n".join(parts)
+
+
+def _recipe(report: Mapping[str, Any]) -> str:
+    used = report.get("calibration", {})
+    lines = []
+    if command := report.get("command"):
+        lines.append(f"```sh\n{command}\n```")
+    if used:
+        lines.append(
+            f"Calibrated on {used.get('windows')} windows of {used.get('seq_len')} tokens of "
+            f"`{used.get('text')}`; SHA-256 of the token ids: `{used.get('sha256', 'not known')}`."
+        )
+    memory = report["peak_memory_bytes"] / 1e9
+    lines.append(
+        f"Versions: llmq {report['llmq']}, torch {report['torch']}, "
+        f"transformers {report['transformers']}. "
+        f"It took {report['seconds']:.0f} s; peak memory {memory:.2f} GB."
+    )
+    skipped = ", ".join(f"`{pattern}`" for pattern in report.get("skip", []))
+    if skipped:
+        lines.append(f"Left in full precision: {skipped}, embeddings and norms.")
+    return "\n\n".join(lines)
+
+
+def _worst(layers: Sequence[Mapping[str, Any]]) -> str:
+    worst = sorted(layers, key=lambda layer: -layer["error"])[:WORST]
+    finite = [(f"`{w['name']}`", short(w["error"])) for w in worst if math.isfinite(w["error"])]
+    note = "Expected squared error of a layer's output on the calibration text, over the output's."
+    return f"{note}\n\n{_table(('layer', 'relative error'), finite)}"
+
+
+def _loading(repo: str, symmetric: bool) -> str:
+    packed = (
+        "```python\nimport llmq\n\n"
+        f'model = llmq.load("{repo}", dtype="bfloat16")  # weights stay packed\n```'
+    )
+    stock = (
+        "Without llmq, with the package `compressed-tensors`:\n\n"
+        "```python\nfrom transformers import AutoModelForCausalLM\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{repo}")\n```'
+        if symmetric
+        else "transformers alone refuses checkpoints with zero points in this format: `import "
+        "llmq.hf` first."
+    )
+    served = (
+        f"vLLM reads this format (compressed-tensors, `pack-quantized`): `vllm serve {repo}`. "
+        "This checkpoint has not been run there by the program that wrote this card."
+    )
+    more = "`quantization_report.json` has every number of the run."
+    return "\n\n".join([packed, stock, served, more])
+
+
+def _table(heads: tuple[str, str], rows: Sequence[tuple[str, str]]) -> str:
+    lines = [f"| {heads[0]} | {heads[1]} |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)]
+    return "\n".join(lines)

@@ -1,0 +1,72 @@
+"""The commands that show results to others: `llmq push` and `llmq compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmq.cli_common import AsJson, finish, start
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="What llmq quantize wrote.")],
+    repo: Annotated[str, typer.Argument(help="user/name on the Hub; created if not there.")],
+    private: Annotated[bool, typer.Option("--private", help="Only you can see it.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and show the card; send and write nothing.")
+    ] = False,
+    base_model: Annotated[
+        str | None,
+        typer.Option(metavar="USER/NAME", help="The original, if it was read from a folder."),
+    ] = None,
+    endpoint: Annotated[
+        str | None, typer.Option(metavar="URL", help="Another Hub than huggingface.co.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    console = start(as_json)
+    from llmq import hub
+    from llmq.report import size
+
+    done = hub.push(
+        folder, repo, private=private, dry_run=dry_run, base_model=base_model, endpoint=endpoint
+    )
+    if dry_run:
+        console.print(done.card, markup=False, highlight=False, soft_wrap=True)
+        console.print("Would upload:", style="bold")
+        for name, length in done.files.items():
+            console.print(f"  {name}  {size(length)}", markup=False, highlight=False)
+    total = f"{len(done.files)} files, {size(sum(done.files.values()))}"
+    where = f"Nothing was sent to {repo}" if dry_run else done.url
+    console.print(f"{where}: {total}.", highlight=False, soft_wrap=True)
+    if "\nlicense:" not in done.card:
+        console.print("The card names no license: the original's was not found.", style="yellow")
+    finish({"repo": repo, "url": done.url, "files": done.files, "private": private}, as_json)
+
+
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="Checkpoints of one model.")],
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("compare.html"),
+    as_json: AsJson = False,
+) -> None:
+    console = start(as_json)
+    from llmq import comparison
+    from llmq.report import size, table, with_error
+
+    entries, protocol = comparison.collect(folders)
+    comparison.write(out, entries, protocol)
+    rows = [
+        (
+            entry["name"],
+            size(entry["bytes"]),
+            f"{entry['bits_per_weight']:.2f}",
+            with_error(entry["kl"], entry["kl_stderr"], 4),
+            with_error(entry["perplexity"], entry["perplexity_stderr"]),
+        )
+        for entry in entries
+    ]
+    console.print(table("", ["checkpoint", "size", "bits", "KL", "perplexity"], rows))
+    console.print(f"{protocol}\n{out}", highlight=False, soft_wrap=True)
+    finish({"protocol": protocol, "checkpoints": entries, "page": str(out)}, as_json)
