@@ -28,7 +28,7 @@ LEVELS = [
     {"hf"},
     {"report", "generate", "gate"},
     {"source", "plan", "verify", "card", "comparison"},
-    {"stream", "hub"},
+    {"stream", "hub", "mixing"},
     {"api", "bench"},
     {"showcase"},
     {"cli_share"},
