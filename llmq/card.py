@@ -16,7 +16,6 @@ from llmq.page import WORST, plus_minus
 from llmq.plots import short
 
 MARK = "<!-- This card was made from quantization_report.json by llmq push. -->"
-_HOME = "https://pypi.org/project/llmq-quant"
 
 
 def model_card(
@@ -96,7 +95,7 @@ def _introduction(report: Mapping[str, Any], base: str | None) -> str:
     stored = f", {size / 1e6:.2f} MB of weights" if size is not None else ""
     return (
         f"A weight-only quantized version of {of}{at}, made with "
-        f"[llmq]({_HOME}) {report['llmq']}: {_format(report)}, method `{report['method']}`, "
+        f"llmq {report['llmq']}: {_format(report)}, method `{report['method']}`, "
         f"{report['bits_per_weight']:.3f} bits per quantized weight, scales included{stored}."
     )
 
