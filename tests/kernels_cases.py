@@ -3,8 +3,7 @@
     TRITON_INTERPRET=1 python tests/kernels_cases.py default|full|experts|selfcheck [name ...]
 
 The interpreter is chosen when triton is imported, hence a process of its own (see
-test_kernels_interpreter.py). One JSON object per case on standard output. Triton's interpreter
-truncates where it should round to bf16, so results are taken in float32 and rounded by torch.
+test_kernels_interpreter.py). One JSON object per case on standard output.
 """
 
 from __future__ import annotations
@@ -124,15 +123,19 @@ def run(case: Case) -> dict:
     again = poisoned(lambda: launch.linear(x, weight, bias, plan, out_dtype=torch.float32))
     stored = poisoned(lambda: launch.linear(x, weight, bias, plan))
     matrix = poisoned(lambda: launch.dequantize(weight, torch.float32))
+    short = poisoned(lambda: launch.dequantize(weight, dtype))
     return {
         "name": case.name(),
+        "group": case.group,
         "error": distance(first.to(dtype), exact),
         "error_float32": distance(first, exact),
         "error_stored": distance(stored, exact),
+        "stored_is_rounded": torch.equal(stored, first.to(dtype)),
         "dense": distance(dense, exact),
         "repeatable": torch.equal(first, again),
         "counters_zero": not weight.counters.any().item(),
-        "dequantize": torch.equal(matrix, reference.dequantize(weight, torch.float32)),
+        "dequantize": torch.equal(matrix, reference.dequantize(weight, torch.float32))
+        and torch.equal(short, reference.dequantize(weight, dtype)),
         "seconds": time.perf_counter() - started,
     }
 
@@ -166,9 +169,11 @@ def run_experts(name: str) -> dict:
     stored = poisoned(lambda: launch.linear_experts(x, weight, chosen, plan))
     return {
         "name": name,
+        "group": 64,
         "error": distance(first.to(x.dtype), exact),
         "error_float32": distance(first, exact),
         "error_stored": distance(stored, exact),
+        "stored_is_rounded": torch.equal(stored, first.to(x.dtype)),
         "dense": distance(reference.linear_experts(x, weight, chosen), exact),
         "repeatable": torch.equal(first, again),
         "counters_zero": not weight.counters.any().item(),

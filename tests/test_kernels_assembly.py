@@ -113,7 +113,7 @@ def test_assembly_unpacks_every_code_at_every_position(bits: int, dtype: torch.d
         low = assembled(weight.qweight, bits, dtype, 0).double()
         top = assembled(weight.qweight, bits, dtype, 1).double()
         assert torch.equal(low, magic + expected % 128)
-        assert torch.equal(top, magic + expected.div(128, rounding_mode="floor") * 128)
+        assert torch.equal(top, 256 - expected.div(128, rounding_mode="floor") * 128)
     else:
         assert torch.equal(assembled(weight.qweight, bits, dtype, None).double(), magic + expected)
 
@@ -131,9 +131,9 @@ def test_code_minus_zero_point_is_exact(bits: int, dtype: torch.dtype) -> None:
     q, z = pairs.unbind(1)
     middle = 2 ** (bits - 1)
     if bits == 8 and dtype == torch.bfloat16:
-        v, top = as_kernel(q & 127, dtype), as_kernel(q & 128, dtype)
-        symmetric = (v - 384.0) + top
-        general = (v - as_kernel(z & 127, dtype)) + (top - as_kernel(z & 128, dtype))
+        v, top = as_kernel(q & 127, dtype), as_kernel(~q & 128, dtype)
+        symmetric = v - top
+        general = symmetric - (as_kernel(z & 127, dtype) - as_kernel(~z & 128, dtype))
     else:
         v = as_kernel(q, dtype)
         symmetric = v - float(MAGIC[dtype][1] + middle)

@@ -38,8 +38,10 @@ def interpret(which: str, *names: str) -> list[dict]:
 
 def judge(row: dict) -> None:
     assert row["error"] <= 2 * row["dense"], row
-    assert row["error_float32"] < 1e-6, row
-    assert row["error_stored"] <= 3 * row["dense"] + 1e-5, row  # the interpreter truncates to bf16
+    # Groups of 32 round weights to the dtype of x, as a dense layer does; others keep integers.
+    assert row["error_float32"] < (1.1 * row["dense"] if row["group"] == 32 else 1e-6), row
+    assert row["error_stored"] <= 2 * row["dense"], row
+    assert row["stored_is_rounded"], row
     assert row["repeatable"], row
     assert row["counters_zero"], row
     assert row["dequantize"], row

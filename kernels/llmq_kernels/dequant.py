@@ -7,7 +7,7 @@
 import triton
 import triton.language as tl
 
-from .unpack import centred, halves, load_words
+from .unpack import centred, halves, load_words, rounded
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def _write(words, high, at, group, last, column, N, K,
     k = column + tl.arange(0, COLUMNS)
     mask = (on < N)[:, None] & (k < K)[None, :]
     out = y_ptr + on[:, None].to(tl.int64) * K + k[None, :]
-    tl.store(out, (v * s[:, None]).to(DTYPE), mask=mask)
+    tl.store(out, rounded(v * s[:, None], DTYPE), mask=mask)
 
 
 @triton.jit

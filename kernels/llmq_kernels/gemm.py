@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .unpack import INTERPRETED, centred, halves, load_words
+from .unpack import INTERPRETED, centred, halves, load_words, rounded
 
 
 @triton.jit
@@ -74,9 +74,13 @@ def _activations(x_ptr, live, column, K, EVEN_K: tl.constexpr, COLUMNS: tl.const
 @triton.jit
 def _scaled(words, high, s, z, DTYPE: tl.constexpr, BITS: tl.constexpr, SYMMETRIC: tl.constexpr,
             TILES: tl.constexpr, W: tl.constexpr):  # fmt: skip
-    """Dequantized columns of one group, rounded to DTYPE (float32 when interpreted)."""
+    """Dequantized columns of one group, rounded to DTYPE (held in float32 when interpreted)."""
     v = centred(words, high, z, BITS, SYMMETRIC, DTYPE, TILES, 1, W)
-    return v * s.to(tl.float32 if INTERPRETED else DTYPE)[:, None]
+    if INTERPRETED:
+        s = rounded(s.to(tl.float32), DTYPE).to(tl.float32)
+        return rounded(v * s[:, None], DTYPE).to(tl.float32)
+    else:
+        return v * s.to(DTYPE)[:, None]
 
 
 @triton.jit
@@ -237,7 +241,7 @@ def linear_kernel(
 def _store(acc, bias, y_ptr, mask, BIAS: tl.constexpr):
     if BIAS:
         acc += bias[:, None]
-    tl.store(y_ptr, acc.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr, rounded(acc, y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -89,17 +89,21 @@ def closed_form(gpu: Gpu, bits: int, group_size: int, N: int, K: int, M: int) ->
     wide = 2 if (many and block_m == 16) or (pairs and hopper and block_m >= 64) else 1
     columns = unit(bits) * step_blocks(bits, group_size, K)
     steps = -(-K // columns)
-    unroll = next(u for u in (256 // columns, 2, 1) if u >= 1 and steps % u == 0)
-    step_bytes = columns * (64 * wide * bits // 8 + 2 * block_m)
-    shared = shared_bytes(gpu.capability)
-    if block_m == 128 or (block_m == 64 and not hopper) or 2 * unroll * step_bytes > shared:
-        unroll = 1
-    stages = next((s for s in (4, 3) if s * unroll * step_bytes <= shared // 2), 2)
     if M <= 64:
         split = round(gpu.processors * (10 if many else 5) / tiles)
     else:
         split = gpu.processors * wide // (tiles * -(-M // block_m))
     split = max(1, min(split, 16, K // 512))
+    # Groups of 32 have the most to do beside unpacking; a longer trip shares more of it, where
+    # two of them are left for every program.
+    long = hopper and group_size == 32 and bits == 4 and -(-K // 512) > split
+    longest = 512 if long else 256
+    unroll = next(u for u in (longest // columns, 256 // columns, 2, 1) if u and steps % u == 0)
+    step_bytes = columns * (64 * wide * bits // 8 + 2 * block_m)
+    shared = shared_bytes(gpu.capability)
+    if block_m == 128 or (block_m == 64 and not hopper) or 2 * unroll * step_bytes > shared:
+        unroll = 1
+    stages = next((s for s in (4, 3) if s * unroll * step_bytes <= shared // 2), 2)
     # Left alone, some assemblers stop at 64 registers on sm_100 and spill.
     maxnreg = 128 if hopper and gpu.capability > (9, 0) and block_m == 16 else None
     return Plan(wide, block_m, unroll, split, 8 if block_m >= 64 else 4, stages, maxnreg)

@@ -7,7 +7,7 @@
 An OR puts codes under the mantissa of a power of two (bf16: 0x4300 | q = 128 + q, fp16:
 0x6400 | q = 1024 + q), so one LOP3 makes two weights and no integer is ever converted. Taking the
 zero point away, in the same form, leaves the exact integer q - z. Eight bits do not fit under
-bf16's seven: there q is the sum of two such parts.
+bf16's seven: there q - 128 is the difference of two such parts, 128 + (q & 127) and 128 or 256.
 """
 
 import triton
@@ -21,7 +21,7 @@ def unpack_ptx(bits, bf16, part):
     """PTX that makes eight 16-bit numbers ($0..$7) of one fragment from its words ($8, $9).
 
     Output 2 * (half + 2 * h2) + e is code (half, h2, e) of the fragment. `part` is the fragment
-    within the word (2 and 3 bits), or 1 for the top bit (8 bits in bf16).
+    within the word (2 and 3 bits), or 1 for the inverted top bit (8 bits in bf16).
     """
     magic = 0x43004300 if bf16 else 0x64006400
     ptx = [".reg .b32 t, a;"]
@@ -34,7 +34,8 @@ def unpack_ptx(bits, bf16, part):
             word, shift = "$8", width * (4 * part + pair)
             mask = 0x000F000F if bits == 4 else 0x00030003
         ptx.append(f"shr.u32 t, {word}, {shift};")
-        ptx.append(f"lop3.b32 a, t, {mask}, {magic}, 0xea;")  # (t & mask) | magic
+        table = 0xAE if bits == 8 and bf16 and part else 0xEA  # (~t & mask) | magic, or t
+        ptx.append(f"lop3.b32 a, t, {mask}, {magic}, {table};")
         if bits == 3:
             up = 2 - (4 * part + pair)  # the third bit goes to bit 2
             ptx.append(f"shl.b32 t, $9, {up};" if up >= 0 else f"shr.u32 t, $9, {-up};")
@@ -62,7 +63,7 @@ def _number(
         else:
             field = high >> (8 * (PAIR - 2) + 16 * E)
         if BF16:
-            field = field & (0x80 if PART == 1 else 0x7F)
+            field = (~field & 0x80) if PART == 1 else (field & 0x7F)
         else:
             field = field & 0xFF
     elif BITS == 4:
@@ -153,6 +154,16 @@ def _magic(zero, MASK: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def rounded(x, DTYPE: tl.constexpr):
+    """float32 -> DTYPE, to nearest even. The interpreter truncates to bf16: there, by the bits."""
+    if INTERPRETED and DTYPE == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        x = (bits & -65536).to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
 def centred(
     words,
     high,
@@ -177,13 +188,11 @@ def centred(
     v = _operand(words, high, BITS, DTYPE, 0, TILES, BLOCKS, W)
     if BITS == 8 and BF16:
         top = _operand(words, high, BITS, DTYPE, 1, TILES, BLOCKS, W)
-        # q = (v - 128) + (top - 128); every intermediate value is an integer of at most 256.
+        centre = v - top  # q - 128
         if SYMMETRIC:
-            return (v - 384.0) + top
+            return centre
         else:
-            return (v - _magic(zero, 127, DTYPE)[:, None]) + (
-                top - _magic(zero, 128, DTYPE)[:, None]
-            )
+            return centre - (_magic(zero, 127, DTYPE) - _magic(zero ^ 128, 128, DTYPE))[:, None]
     elif SYMMETRIC:
         MIDDLE: tl.constexpr = (128.0 if BF16 else 1024.0) + (1 << (BITS - 1))
         return v - MIDDLE
