@@ -63,9 +63,7 @@ def allocate(units: Mapping[str, Mapping[int, Choice]], budget: int) -> dict[str
             name: min(choices, key=lambda k: choices[k].cost) for name, choices in units.items()
         }
     left, result = size - 1, {}
-    for (name, choices), (keys, which) in zip(
-        reversed(units.items()), reversed(taken), strict=True
-    ):
+    for (name, choices), (keys, which) in reversed(list(zip(units.items(), taken, strict=True))):
         result[name] = keys[int(which[left])]
         left -= -(-choices[result[name]].cost // step)
     return {name: result[name] for name in units}

@@ -27,7 +27,7 @@ from llmq.hf.saving import original_folder
 from llmq.hf.streaming import StoredModel
 from llmq.journal import Workplace, workplace
 from llmq.ladder import chosen
-from llmq.mixing import is_mixed, scan, uniform_width
+from llmq.mixing import average_for_size, is_mixed, parse_size, scan, uniform_width
 from llmq.objective import HELD_OUT
 from llmq.origin import command, origin, public_name
 from llmq.output import enough_memory, writing
@@ -54,7 +54,7 @@ from llmq.report import (
     write_report,
 )
 from llmq.scheme import QuantScheme
-from llmq.sensitivity import Sensitivity, allocation, predicted
+from llmq.sensitivity import WIDTHS, Sensitivity, allocation, predicted
 from llmq.source import (
     check_path,
     context_length,
@@ -81,6 +81,8 @@ def quantize(
     method: str | None = None,
     bits: float = 4,
     mixed: bool = False,
+    target_size: int | str | None = None,
+    widths: Sequence[int] = WIDTHS,
     group_size: int = 128,
     symmetric: bool = True,
     calibration: Source | None = None,
@@ -106,6 +108,8 @@ def quantize(
         bits, group_size, symmetric: the number format, see `QuantScheme`. Bits that are no whole
             number are an average: layers get 2, 3, 4 or 8, see `sensitivity`.
         mixed: `bits` is an average even if it is a whole number.
+        target_size: instead of bits, what the files of weights may take: bytes, or "500MB".
+        widths: that an average is made of; engines other than llmq read 4 and 8.
         calibration: text like that which the model will see, see `llmq.text`; None = a little
             public-domain text that comes with llmq.
         samples: windows of calibration text.
@@ -132,7 +136,7 @@ def quantize(
     given = dict(locals())
     start = time.perf_counter()
     method, recipe = chosen(method, quality)
-    bits = int(bits) if bits == int(bits) else bits
+    mixed = mixed or target_size is not None
     scheme = QuantScheme(uniform_width(bits, mixed), group_size, symmetric)
     recipe = dataclasses.replace(recipe, scheme=scheme, skip=tuple(skip), lm_head=lm_head)
     if activations not in ("memory", "disk"):
@@ -155,12 +159,15 @@ def quantize(
             join=join,
             bos=bos,
         )
+        if target_size is not None:
+            headers = source_headers(name)
+            bits = average_for_size(parse_size(target_size), name, config, headers, recipe)
         kl = None
         if is_mixed(bits, mixed):
             units = scan(name, windows, recipe, where, seed)
-            widths = allocation(units, bits)
-            schemes = {n: QuantScheme(b, group_size, symmetric) for n, b in widths.items()}
-            recipe, kl = dataclasses.replace(recipe, schemes=schemes), predicted(units, widths)
+            chosen_bits = allocation(units, bits, widths)
+            schemes = {n: QuantScheme(b, group_size, symmetric) for n, b in chosen_bits.items()}
+            recipe, kl = dataclasses.replace(recipe, schemes=schemes), predicted(units, chosen_bits)
         source = StoredModel(original_folder(name))
         names = quantizable(source.model, lm_head)
         check_groups(names, recipe)
@@ -191,7 +198,7 @@ def quantize(
             **origin(name, config),
             "command": command(quantize, given),
             "method": method,
-            "bits": bits,
+            "bits": bits if bits % 1 else int(bits),
             "predicted_kl": kl,
             "group_size": group_size,
             "symmetric": symmetric,

@@ -101,6 +101,12 @@ def quantize(
     mixed: Annotated[
         bool, typer.Option("--mixed", help="Bits are an average even if a whole number.")
     ] = False,
+    target_size: Annotated[
+        str | None, typer.Option(help="Instead of bits: what the weights may take, as 500MB.")
+    ] = None,
+    widths: Annotated[
+        str, typer.Option(metavar="N,N...", help="What an average is made of; vLLM reads 4,8.")
+    ] = "2,3,4,8",
     group_size: Annotated[
         int, typer.Option(help="Weights that share a scale: 32, 64, 128; -1 = a whole row.")
     ] = 128,
@@ -164,6 +170,8 @@ def quantize(
         method=method.value if method else None,
         bits=bits,
         mixed=mixed,
+        target_size=target_size,
+        widths=_numbers("--widths", widths),
         group_size=group_size,
         symmetric=symmetric,
         calibration=calibration,
@@ -231,10 +239,6 @@ def plan(
     from llmq import api
     from llmq.report import size, table
 
-    try:
-        ranks = [int(part) for part in tensor_parallel.split(",")]
-    except ValueError:
-        raise typer.BadParameter(f"{tensor_parallel!r}: numbers, as in 1,2,4") from None
     found = api.plan(
         src,
         bits=bits,
@@ -242,7 +246,7 @@ def plan(
         symmetric=symmetric,
         lm_head=lm_head,
         skip=skip or (),
-        tensor_parallel=ranks,
+        tensor_parallel=_numbers("--tensor-parallel", tensor_parallel),
         out=out,
     )
     rows = [

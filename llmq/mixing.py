@@ -1,17 +1,25 @@
-"""Mixed widths for a model on disk: open it, measure its layers, allocate bits."""
+"""Mixed widths for a model on disk: how many bits there are, and what each layer would lose."""
 
 from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from llmq import plan
 from llmq.errors import SchemeError
 from llmq.quantize import Recipe, check_groups, quantizable
+from llmq.report import Header
 from llmq.scheme import BITS
 from llmq.sensitivity import Sensitivity, sensitivities
 from llmq.source import open_model
 
 WINDOWS = 32  # of calibration text, spread over all of it
+SLACK = 8192  # bytes for headers that mixed widths make a little longer
 BATCH_TOKENS = 1024  # whose activations are kept for a backward pass
 
 
@@ -24,13 +32,52 @@ def uniform_width(bits: float, mixed: bool) -> int:
     if not is_mixed(bits, mixed):
         return int(bits)
     if not BITS[0] <= bits <= BITS[-1]:
-        raise SchemeError(f"bits={bits}: an average lies between {BITS[0]} and {BITS[-1]}.")
+        raise SchemeError(f"bits={bits:g}: an average lies between {BITS[0]} and {BITS[-1]}.")
     return next(width for width in BITS if width >= bits)
 
 
 def is_mixed(bits: float, mixed: bool) -> bool:
     """Whether widths are to be allocated: asked for, or `bits` is no whole number."""
-    return mixed or bits != int(bits)
+    return mixed or bits % 1 != 0
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes, from a number or from "500MB", "1.5 GB", "700MiB".
+
+    Raises:
+        SchemeError: something else.
+    """
+    found = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)(I?)B?\s*", str(text).upper())
+    if found is None or found[1].count(".") > 1 or found[1] == ".":
+        raise SchemeError(f"target_size={text!r}: give bytes, or a size such as 500MB or 1.5GB.")
+    base = 1024 if found[3] else 1000
+    return int(float(found[1]) * base ** " KMGT".index(found[2] or " "))
+
+
+def average_for_size(
+    size: int, name: str, config: Any, headers: Mapping[str, Header], recipe: Recipe
+) -> float:
+    """The average of bits at which the files of weights take at most `size` bytes.
+
+    The exact sizes at 4 and at 8 bits are known from shapes alone, and what lies between is linear.
+
+    Raises:
+        SchemeError: fewer than 2 bits would be left.
+    """
+    bytes_at = {}
+    for bits in (4, 8):
+        scheme = dataclasses.replace(recipe.scheme, bits=bits)
+        uniform = dataclasses.replace(recipe, scheme=scheme)
+        bytes_at[bits] = plan.make(name, config, headers, uniform).output_bytes
+    per_bit = (bytes_at[8] - bytes_at[4]) / 4
+    average = 4 + (size - SLACK - bytes_at[4]) / per_bit
+    if average < BITS[0]:
+        least = int(bytes_at[4] - 2 * per_bit) + SLACK
+        raise SchemeError(
+            f"target_size={size}: with 2 bits everywhere {name} still takes {least} bytes. "
+            "Raise the size, or quantize the output layer too."
+        )
+    return min(average, BITS[-1])
 
 
 def scan(name: str, windows: Tensor, recipe: Recipe, device: str, seed: int) -> list[Sensitivity]:

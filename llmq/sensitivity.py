@@ -34,7 +34,7 @@ from llmq.blocks import (
     run_block,
     shared_input_groups,
 )
-from llmq.errors import NonFiniteError
+from llmq.errors import NonFiniteError, SchemeError
 from llmq.scheme import QuantScheme
 from llmq.solvers.descent import row_errors
 from llmq.solvers.gptq import GPTQ
@@ -99,14 +99,20 @@ def sensitivities(
     return found
 
 
-def allocation(units: Sequence[Sensitivity], bits: float) -> dict[str, int]:
-    """Bits for every matrix: least predicted KL with at most `bits` per weight on average.
+def allocation(
+    units: Sequence[Sensitivity], bits: float, widths: Sequence[int] = WIDTHS
+) -> dict[str, int]:
+    """One of `widths` for every matrix: least predicted KL at an average of at most `bits`.
 
     Raises:
-        SchemeError: `bits` is below the smallest width.
+        SchemeError: `bits` is below the smallest width, or a width was not measured.
     """
+    if not widths or not set(widths) <= set(WIDTHS):
+        raise SchemeError(f"widths={list(widths)}: use some of {', '.join(map(str, WIDTHS))}.")
+    if bits < min(widths):
+        raise SchemeError(f"bits={bits:g}: no average of widths from {min(widths)} up.")
     choices = {
-        unit.names[0]: {b: Choice(unit.weights * b, unit.kl[b]) for b in WIDTHS} for unit in units
+        unit.names[0]: {b: Choice(unit.weights * b, unit.kl[b]) for b in widths} for unit in units
     }
     total = sum(unit.weights for unit in units)
     chosen = allocate(choices, int(total * bits))

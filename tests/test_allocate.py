@@ -14,6 +14,7 @@ from zoo import tiny_model
 from llmq import allocate as knapsack, demo
 from llmq.allocate import Choice, allocate
 from llmq.errors import NonFiniteError, SchemeError
+from llmq.mixing import parse_size
 from llmq.quantize import Recipe, quantize
 from llmq.scheme import QuantScheme
 from llmq.sensitivity import WIDTHS, allocation, predicted, sensitivities
@@ -119,3 +120,16 @@ def test_an_overflow_is_an_error():
     model.model.layers[1].mlp.up_proj.weight.data.fill_(1e38)
     with pytest.raises(NonFiniteError, match="NaN or infinite"):
         sensitivities(model, batches(model, 1), 32, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [(1000, 1000), ("500MB", 5 * 10**8), ("1.5 GiB", 3 * 2**29), ("2k", 2000)]
+)
+def test_sizes_are_read(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "many", "5PB", "1.2.3", ".", "-3"])
+def test_other_sizes_are_refused(text):
+    with pytest.raises(SchemeError, match="500MB"):
+        parse_size(text)

@@ -101,6 +101,14 @@ def test_an_average_of_bits(run, model, text, tmp_path) -> None:
     found = json.loads(stdout.splitlines()[-1])
     assert found["predicted_kl"] == pytest.approx(report["predicted_kl"])
     assert "Most lost per weight" in stderr
+    rest = ["--target-size", "310KB", *options]
+    assert run("quantize", model, tmp_path / "sized", *rest)[0] == 0
+    size = sum(path.stat().st_size for path in (tmp_path / "sized").glob("*.safetensors"))
+    assert 290_000 < size <= 310_000
+    status, _, stderr = run("quantize", model, tmp_path / "b", *options, "--target-size", "9KB")
+    assert (status, "Raise the size" in stderr) == (1, True)
+    rest = ["--bits", "3.5", "--widths", "4,8", *options]
+    assert "no average of widths from 4" in run("quantize", model, tmp_path / "b", *rest)[2]
     status, _, stderr = run("quantize", model, tmp_path / "b", "--bits", "1.5", *options)
     assert (status, "between 2 and 8" in stderr) == (1, True)
 
