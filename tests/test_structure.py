@@ -27,14 +27,9 @@ LEVELS = [
     {"hf.outline", "hf.streaming"},
     {"hf"},
     {"report", "generate", "gate"},
-<<<<<<< HEAD
-    {"source", "plan", "verify", "card", "comparison"},
-    {"stream", "hub", "mixing", "inputs"},
-=======
-    {"source", "plan", "verify", "convert"},
+    {"source", "plan", "verify", "card", "comparison", "convert"},
     {"gguf_file"},
-    {"stream"},
->>>>>>> formats
+    {"stream", "hub", "mixing", "inputs"},
     {"api", "bench"},
     {"showcase"},
     {"cli_share"},
