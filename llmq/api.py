@@ -23,6 +23,7 @@ from llmq.calibrate import adds_bos
 from llmq.errors import CalibrationError, FormatError, SchemeError, SourceError
 from llmq.evaluate import Evaluation, evaluate as measure
 from llmq.gate import Gate
+from llmq.harness import check_installed, run_tasks
 from llmq.hf.saving import original_folder
 from llmq.hf.streaming import StoredModel
 from llmq.inputs import calibration_windows, check_vocabulary, identity, share
@@ -315,6 +316,7 @@ def evaluate(
     bos: bool | None = None,
     protocol: str = "windows",
     record: bool = False,
+    adapter: str | os.PathLike[str] | None = None,
     device: str = "auto",
     progress: bool = False,
 ) -> Evaluation:
@@ -334,6 +336,7 @@ def evaluate(
         protocol: "windows", "wikitext2", "c4" or "llama.cpp", see `llmq.protocols`. The last three
             lay down join and bos.
         record: add the result to the report in the folder `model`, for its page and its card.
+        adapter: folder of a LoRA adapter to put on the model first.
         device: "auto" = the GPU if there is one. A model object stays where it is.
         progress: show a bar on standard error if that is a terminal.
 
@@ -346,6 +349,8 @@ def evaluate(
     config = model.config if name is None else open_config(name)  # type: ignore[union-attr]
     if name is not None and tokenizer is None:
         tokenizer = open_tokenizer(name)
+    if record and adapter is not None:
+        raise SourceError("record: the report is about the checkpoint without an adapter.")
     if record and (name is None or not (Path(name) / REPORT_FILE).is_file()):
         raise SourceError(f"{name}: record needs a folder that llmq quantize wrote.")
     seq_len = _window_length(config, seq_len, PROTOCOLS.get(protocol, 2048))
@@ -366,6 +371,8 @@ def evaluate(
         reference = open_model(check_path(reference), where)
     loaded = open_model(name, where) if name is not None else model
     assert isinstance(loaded, nn.Module)
+    if adapter is not None:
+        loaded = _with_adapter(loaded, adapter)
     found = measure(loaded, read.ids, reference, first=read.first, progress=progress)
     found = dataclasses.replace(
         found,
@@ -377,6 +384,77 @@ def evaluate(
     if record and name is not None:
         add_evaluation(Path(name), found.to_json())
     return found
+
+
+def evaluate_tasks(
+    model: str | os.PathLike[str],
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    device: str = "auto",
+) -> dict[str, dict[str, Any]]:
+    """Scores of tasks of lm-evaluation-harness, see `llmq.harness.run_tasks`.
+
+    Args:
+        model: folder or Hub name, quantized or not.
+        tasks, limit: see there.
+        device: "auto" = the GPU if there is one.
+    """
+    name = check_path(model)
+    check_installed()
+    loaded = open_model(name, pick_device(device))
+    return run_tasks(loaded, open_tokenizer(name), tasks, limit=limit)
+
+
+def correct(
+    original: str | os.PathLike[str],
+    quantized: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    rank: int = 32,
+    calibration: Source | None = None,
+    samples: int = 128,
+    seq_len: int | None = None,
+    device: str = "auto",
+) -> Path:
+    """Write a low-rank correction of a quantized model as a LoRA adapter, see `llmq.correction`.
+
+    Args:
+        original: the full-precision model: folder or Hub name.
+        quantized: what was made of it.
+        out: folder to create.
+        rank: of the correction.
+        calibration, samples, seq_len: as for `quantize`.
+        device: "auto" = the GPU if there is one.
+
+    Raises:
+        LlmqError: see `llmq.errors`; nothing is left at `out` then.
+    """
+    from llmq import correction  # needs the package peft
+
+    name, where = check_path(quantized), pick_device(device)
+    config, tokenizer = open_config(name), open_tokenizer(name)
+    windows = token_windows(
+        demo.calibration_path() if calibration is None else calibration,
+        tokenizer,
+        seq_len=_window_length(config, seq_len, 512),
+        samples=samples,
+        seed=0,
+        bos=adds_bos(tokenizer),
+        short_ok=calibration is None,
+    )
+    _check_vocabulary(windows, config)
+    full, packed = open_model(check_path(original), where), open_model(name, where)
+    return correction.correct(
+        full, packed, windows, Path(out), rank=rank, base_model=public_name(name)
+    )
+
+
+def _with_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
+    """`model` with an adapter in place beside its packed layers."""
+    from llmq.peft import load_adapter  # needs the package peft
+
+    return load_adapter(model, os.fspath(folder)).get_base_model()
 
 
 def load(path: str | os.PathLike[str], **kwargs: Any) -> nn.Module:

@@ -354,12 +354,25 @@ def evaluate(
     record: Annotated[
         bool, typer.Option("--record", help="Add the result to MODEL's report, page and card.")
     ] = False,
+    adapter: Annotated[
+        Path | None, typer.Option(help="A LoRA adapter to put on MODEL first.")
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,NAME...", help="Run these tasks of lm_eval instead."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="With --tasks: examples of each.")] = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     console = _start(as_json)
     from llmq import api
 
+    if tasks is not None:
+        scores = api.evaluate_tasks(model, tasks.split(","), limit=limit, device=device)
+        _show_tasks(console, scores)
+        _finish({"tasks": scores}, as_json)
+        return
     found = api.evaluate(
         model,
         text,
@@ -370,11 +383,25 @@ def evaluate(
         bos=bos,
         protocol=protocol.value,
         record=record,
+        adapter=adapter,
         device=device,
         progress=True,
     )
     _show(console, found)
     _finish(found.to_json(), as_json)
+
+
+def _show_tasks(console: Any, scores: dict[str, dict[str, Any]]) -> None:
+    """Scores of lm_eval with their standard errors."""
+    from llmq.report import table, with_error
+
+    rows = [
+        (task, metric, with_error(value, values.get(f"{metric}_stderr"), 4), str(values["n"]))
+        for task, values in scores.items()
+        for metric, value in values.items()
+        if metric != "n" and not metric.endswith("_stderr")
+    ]
+    console.print(table("", ["task", "metric", "value", "examples"], rows))
 
 
 def _show(console: Any, found: Any) -> None:
@@ -596,6 +623,7 @@ def _numbers(option: str, text: str) -> list[int]:
 
 app.command(help=cli_help.PUSH)(cli_share.push)
 app.command(help=cli_help.COMPARE)(cli_share.compare)
+app.command(help=cli_help.CORRECT)(cli_share.correct)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

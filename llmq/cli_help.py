@@ -86,6 +86,15 @@ COMPARE = (
     "llmq compare ./model-4bit ./model-3bit --out compare.html"
 )
 
+CORRECT = (
+    "Win back part of what quantization lost, with a low-rank adapter, without training.\n\n"
+    "The adapter is the best one of its rank for the calibration text, layer by layer, in the "
+    "format of peft. It helps most at 2 and 3 bits, and costs memory and time: two thin matrices "
+    "beside each packed one. Experts of mixtures and layers that AWQ rescaled take none.\n\n"
+    "[bold]Example[/bold]\n\n"
+    "llmq correct ./model ./model-2bit ./adapter --rank 32 --calibration c4.txt"
+)
+
 GENERATE = (
     "Let a model write.\n\n"
     "[bold]Examples[/bold]\n\n"

@@ -1,4 +1,4 @@
-"""The commands that show results to others: `llmq push` and `llmq compare`."""
+"""What is done with a finished checkpoint: `llmq push`, `llmq compare`, `llmq correct`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from llmq import cli_help
 from llmq.cli_common import AsJson, finish, start
 
 
@@ -70,3 +71,42 @@ def compare(
     console.print(table("", ["checkpoint", "size", "bits", "KL", "perplexity"], rows))
     console.print(f"{protocol}\n{out}", highlight=False, soft_wrap=True)
     finish({"protocol": protocol, "checkpoints": entries, "page": str(out)}, as_json)
+
+
+def correct(
+    original: Annotated[str, typer.Argument(help="Full-precision model: folder or Hub name.")],
+    quantized: Annotated[str, typer.Argument(help="What was made of it.")],
+    out: Annotated[Path, typer.Argument(help="Folder to create, for the adapter.")],
+    rank: Annotated[int, typer.Option(help="Of the correction; its size grows with it.")] = 32,
+    calibration: Annotated[
+        str | None, typer.Option(help=f"Text to calibrate on: {cli_help.TEXT}")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 128,
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens per window. (default: 512, or the model's limit)")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda ...; auto = the GPU if any.")] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    console = start(as_json)
+    from llmq import api
+    from llmq.report import size
+
+    api.correct(
+        original,
+        quantized,
+        out,
+        rank=rank,
+        calibration=calibration,
+        samples=samples,
+        seq_len=seq_len,
+        device=device,
+    )
+    taken = sum(path.stat().st_size for path in out.iterdir())
+    console.print(
+        f"{out}: a LoRA adapter of rank {rank}, {size(taken)}.\n"
+        f"Next: llmq eval {quantized} --adapter {out} --text HELD_OUT.txt --reference {original}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    finish({"adapter": str(out), "rank": rank, "bytes": taken}, as_json)

@@ -11,7 +11,8 @@ LlmqError                      the CLI prints it as one line and exits with stat
 |-- ProcessError               another process of the same run has ended
 |-- FormatError                a checkpoint on disk that is not what it claims to be
 |-- BackendError               a backend named by the user cannot run this layer (`why_not`)
-`-- HubError                   the Hub cannot be reached, or does not let you write there
+|-- HubError                   the Hub cannot be reached, or does not let you write there
+`-- MissingPackageError        an optional package that this needs is not installed
 """
 
 
@@ -61,3 +62,7 @@ class BackendError(LlmqError):
 
 class HubError(LlmqError):
     """The Hub cannot be reached, there is no token, or the repository is not yours to write."""
+
+
+class MissingPackageError(LlmqError):
+    """An optional package that this needs is not installed; the text says how to install it."""

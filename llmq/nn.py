@@ -36,6 +36,20 @@ def _frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
+class _Differentiable(torch.autograd.Function):
+    """Any backend forward; backward multiplies by the dequantized weight. Keeps no activation."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: PackedLinear) -> Tensor:
+        ctx.layer = layer
+        return layer.backend.matmul(x, layer)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad,) = grads
+        return grad @ backends.dequantize(ctx.layer, grad.dtype), None
+
+
 class PackedLinear(nn.Module):
     """A linear layer whose weight stays quantized.
 
@@ -147,6 +161,8 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.weight_order is not None:
             x = x.index_select(-1, self.weight_order)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _Differentiable.apply(x, self)  # type: ignore[return-value]
         return self.backend.matmul(x, self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
@@ -305,7 +321,9 @@ class PackedExperts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Route each token (T, H) through its experts (T, top_k), weighted (T, top_k)."""
         tokens, top_k = top_k_index.shape
-        if self._stacked is not None:
+        if self._stacked is not None and not (
+            torch.is_grad_enabled() and hidden_states.requires_grad
+        ):
             x = self._all_chosen(hidden_states, 0, top_k_index)
             outputs = self._all_chosen(self.apply_gate(x), 1, top_k_index)
         else:

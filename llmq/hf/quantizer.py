@@ -95,7 +95,7 @@ class LlmqQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:  # type: ignore[override]
-        return False
+        return True  # adapters beside packed weights, see llmq.peft
 
     @property
     def is_compileable(self) -> bool:
