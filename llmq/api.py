@@ -18,13 +18,14 @@ import transformers
 from torch import nn
 
 import llmq
-from llmq import demo, hf, plan as planning, ranks, shards
-from llmq.calibrate import adds_bos, check_variety, token_windows
+from llmq import demo, hf, plan as planning, ranks
+from llmq.calibrate import adds_bos
 from llmq.errors import CalibrationError, FormatError, SchemeError, SourceError
 from llmq.evaluate import Evaluation, evaluate as measure
-from llmq.gate import TOKENS, Gate
+from llmq.gate import Gate
 from llmq.hf.saving import original_folder
 from llmq.hf.streaming import StoredModel
+from llmq.inputs import calibration_windows, check_vocabulary, identity, share
 from llmq.journal import Workplace, workplace
 from llmq.ladder import chosen
 from llmq.mixing import is_mixed, scan, uniform_width
@@ -145,7 +146,7 @@ def quantize(
         tokenizer = open_tokenizer(name)
         seq_len = _window_length(config, seq_len, 512)
         bos = adds_bos(tokenizer) if bos is None else bos
-        windows, judge, held_out = _windows(
+        windows, judge, held_out = calibration_windows(
             calibration,
             tokenizer,
             config,
@@ -167,9 +168,9 @@ def quantize(
         check_experts(source.model, recipe)
         if not any(recipe.scheme_for(n) for n in names):
             raise SchemeError(f"skip={list(skip)}: nothing is left to quantize.")
-        share = _share(windows, recipe)
+        mine = share(windows, recipe)
         if ranks.number() == 0:
-            work.begin(_identity(source, recipe, method, windows, judge, where))
+            work.begin(identity(source, recipe, method, windows, judge, where))
         journal = work.journal = ranks.of_the_first(getattr(work, "journal", None))
         if journal.complete and (report := read_report(work.result)):
             if ranks.number() == 0:
@@ -178,8 +179,8 @@ def quantize(
         with enough_memory():
             gate = Gate(source, judge, where) if ranks.number() == 0 else None
             store = Streamed(source, work, gate, spill=activations == "disk")
-            size = min(_BATCH_TOKENS // seq_len, len(share) // HELD_OUT)
-            batches = share.split(max(1, size))
+            size = min(_BATCH_TOKENS // seq_len, len(mine) // HELD_OUT)
+            batches = mine.split(max(1, size))
             reports = run(source.model, batches, recipe, where, store)
             total = sum(map(bool, map(recipe.scheme_for, names)))
             show = progress and ranks.number() == 0
@@ -282,7 +283,7 @@ def sensitivity(
     name = check_path(src)
     config = full_precision(open_config(name), name)
     tokenizer = open_tokenizer(name)
-    windows, _, _ = _windows(
+    windows, _, _ = calibration_windows(
         calibration,
         tokenizer,
         config,
@@ -293,72 +294,6 @@ def sensitivity(
         bos=adds_bos(tokenizer) if bos is None else bos,
     )
     return scan(name, windows, recipe, pick_device(device), seed)
-
-
-def _windows(
-    text: Source | None, tokenizer: Any, config: Any, *, samples: int, bos: bool, **how: Any
-) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """Calibration windows (B, T), one (1, T) to judge by, and whether that is none of them."""
-    windows = token_windows(
-        demo.calibration_path() if text is None else text,
-        tokenizer,
-        samples=samples,
-        bos=bos,
-        short_ok=text is None,
-        spare=1,
-        **how,
-    )
-    _check_vocabulary(windows, config)
-    windows, spare = windows[:samples], windows[samples:]
-    check_variety(windows)
-    judge = (spare if len(spare) else windows)[-1:, :TOKENS]
-    return windows, judge, bool(len(spare))
-
-
-def _share(windows: torch.Tensor, recipe: Recipe) -> torch.Tensor:
-    """This process's part of the calibration windows.
-
-    Raises:
-        CalibrationError: too few windows for so many processes.
-        SchemeError: the recipe needs all of them in one process.
-    """
-    processes = ranks.count()
-    if processes > 1 and recipe.awq:
-        raise SchemeError("AWQ looks at all hidden states: use one process, or another method.")
-    if processes > 1 and len(windows) < processes * HELD_OUT:
-        raise CalibrationError(
-            f"samples={len(windows)}: {processes} processes need {processes * HELD_OUT} at least."
-        )
-    return windows[ranks.number() :: processes]
-
-
-def _identity(
-    source: StoredModel,
-    recipe: Recipe,
-    method: str,
-    windows: torch.Tensor,
-    judge: torch.Tensor,
-    device: str,
-) -> dict[str, Any]:
-    """Everything that determines the bytes of a checkpoint."""
-    scheme = dataclasses.asdict(recipe.scheme)
-    return {
-        "source weights": shards.check_source(source.files),
-        "source config": shards.file_hash(source.folder / "config.json"),
-        "method": method,
-        **scheme,
-        "skip": list(recipe.skip),
-        "lm_head": recipe.lm_head,
-        "recipe": repr(recipe),
-        "calibration tokens": fingerprint(windows),
-        "judged tokens": fingerprint(judge),
-        "calibration shape": list(windows.shape),
-        "device": device,
-        "processes": ranks.count(),
-        "llmq": llmq.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 def evaluate(
@@ -419,7 +354,7 @@ def evaluate(
         bos=bos,
         described="llmq's own text" if text is None else _public(text),
     )
-    _check_vocabulary(read.ids, config)
+    check_vocabulary(read.ids, config)
     if isinstance(reference, str | os.PathLike):
         reference = open_model(check_path(reference), where)
     loaded = open_model(name, where) if name is not None else model
@@ -486,16 +421,6 @@ def _window_length(config: Any, seq_len: int | None, default: int) -> int:
     if limit is not None and seq_len > limit:
         raise CalibrationError(f"seq_len={seq_len}: this model has a context of {limit} tokens.")
     return seq_len
-
-
-def _check_vocabulary(windows: torch.Tensor, config: Any) -> None:
-    size = config.get_text_config().vocab_size
-    low, high = int(windows.min()), int(windows.max())
-    if low < 0 or high >= size:
-        raise CalibrationError(
-            f"Token ids reach from {low} to {high}, but the model knows 0 to {size - 1}. "
-            "Use this model's own tokenizer."
-        )
 
 
 def _stored_bits(name: str | None) -> float | None:

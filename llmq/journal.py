@@ -18,6 +18,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -42,6 +43,7 @@ _JOURNAL = "journal.json"
 _LOCK = "lock"
 LOG = "quantization_log.jsonl"
 RESULT = "result"
+_HASH = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass
@@ -168,7 +170,9 @@ class Workplace:
 
     def _compare(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
         differing = [
-            f"{key} was {old.get(key)!r}, is {new.get(key)!r}"
+            f"{key} changed"
+            if _HASH.fullmatch(str(old.get(key)))
+            else f"{key} was {old.get(key)!r}, is {new.get(key)!r}"
             for key in {**old, **new}
             if old.get(key) != new.get(key)
         ]

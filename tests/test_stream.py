@@ -71,7 +71,9 @@ def test_the_output_layer_and_smoothed_norms_too(name, tmp_path):
     """qwen3's output layer is tied to its embeddings."""
     source = save_tiny(name, tmp_path / "model")
     options = OPTIONS | {"method": "awq+gptq", "lm_head": True, "symmetric": False}
+    before = (source / "model.safetensors").read_bytes()
     to_folder(source, tmp_path / "a", calibration=TEXT, activations="disk", **options)
+    assert (source / "model.safetensors").read_bytes() == before  # norms are smoothed in memory
     recipe = Recipe(QuantScheme(4, 64), GPTQ(), AWQ(), lm_head=True)
     assert_same_checkpoint(tmp_path / "a", in_memory(source, tmp_path / "b", recipe))
 

@@ -28,7 +28,7 @@ LEVELS = [
     {"hf"},
     {"report", "generate", "gate"},
     {"source", "plan", "verify", "card", "comparison"},
-    {"stream", "hub", "mixing"},
+    {"stream", "hub", "mixing", "inputs"},
     {"api", "bench"},
     {"showcase"},
     {"cli_share"},
@@ -58,6 +58,7 @@ MAY_IMPORT_HUGGING_FACE = {
     "bench",
     "decode",
     "generate",
+    "inputs",
     "showcase",
 }
 

@@ -164,10 +164,17 @@ def test_a_corrupt_header(model, caught):
     caught(model, FormatError, r"model.safetensors: damaged")
 
 
+def test_weights_in_a_format_that_is_not_read(model, caught):
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    caught(
+        model, SourceError, r"holds no model\.safetensors\. Load the model with transformers and"
+    )
+
+
 def test_a_source_that_changes_between_two_runs(model, caught, tmp_path, monkeypatch):
     work = interrupted(model, tmp_path / "out", monkeypatch)
     change(model, lambda tensors: tensors[UP].mul_(2))
-    caught(model, OutputError, "source weights was")
+    caught(model, OutputError, "source weights changed")
     assert work.started() == 1
 
 
