@@ -434,16 +434,15 @@ def correct(
 
     name, where = check_path(quantized), pick_device(device)
     config, tokenizer = open_config(name), open_tokenizer(name)
-    windows = token_windows(
-        demo.calibration_path() if calibration is None else calibration,
+    windows, _, _ = calibration_windows(
+        calibration,
         tokenizer,
-        seq_len=_window_length(config, seq_len, 512),
+        config,
         samples=samples,
+        seq_len=_window_length(config, seq_len, 512),
         seed=0,
         bos=adds_bos(tokenizer),
-        short_ok=calibration is None,
     )
-    _check_vocabulary(windows, config)
     full, packed = open_model(check_path(original), where), open_model(name, where)
     return correction.correct(
         full, packed, windows, Path(out), rank=rank, base_model=public_name(name)
