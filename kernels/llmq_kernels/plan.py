@@ -96,7 +96,7 @@ def closed_form(gpu: Gpu, bits: int, group_size: int, N: int, K: int, M: int) ->
     split = max(1, min(split, 16, K // 512))
     # Groups of 32 have the most to do beside unpacking; a longer trip shares more of it, where
     # two of them are left for every program.
-    long = hopper and group_size == 32 and bits == 4 and -(-K // 512) > split
+    long = gpu.capability[0] == 9 and group_size == 32 and bits == 4 and -(-K // 512) > split
     longest = 512 if long else 256
     unroll = next(u for u in (longest // columns, 256 // columns, 2, 1) if u and steps % u == 0)
     step_bytes = columns * (64 * wide * bits // 8 + 2 * block_m)
