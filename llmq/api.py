@@ -19,7 +19,7 @@ from torch import nn
 
 import llmq
 from llmq import demo, hf, plan as planning, ranks
-from llmq.calibrate import adds_bos
+from llmq.calibrate import adds_bos, token_windows
 from llmq.errors import CalibrationError, FormatError, SchemeError, SourceError
 from llmq.evaluate import Evaluation, evaluate as measure
 from llmq.gate import Gate
@@ -443,7 +443,7 @@ def correct(
         bos=adds_bos(tokenizer),
         short_ok=calibration is None,
     )
-    _check_vocabulary(windows, config)
+    check_vocabulary(windows, config)
     full, packed = open_model(check_path(original), where), open_model(name, where)
     return correction.correct(
         full, packed, windows, Path(out), rank=rank, base_model=public_name(name)
