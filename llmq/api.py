@@ -19,7 +19,7 @@ from torch import nn
 
 import llmq
 from llmq import demo, hf, plan as planning, ranks
-from llmq.calibrate import adds_bos, token_windows
+from llmq.calibrate import adds_bos
 from llmq.errors import CalibrationError, FormatError, SchemeError, SourceError
 from llmq.evaluate import Evaluation, evaluate as measure
 from llmq.gate import Gate
