@@ -15,6 +15,7 @@ Eckart-Young theorem. x are the inputs that the quantized model itself feeds to 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,10 @@ def _groups(layers: Mapping[str, PackedLinear]) -> Iterator[dict[str, PackedLine
     yield group
 
 
+def _add(moment: SecondMoment, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+    moment.add(args[0])
+
+
 def _moments(
     model: nn.Module, layers: Mapping[str, PackedLinear], windows: Tensor
 ) -> dict[str, Tensor]:
@@ -173,8 +178,7 @@ def _moments(
         for name, layer in layers.items()
     }
     hooks = [
-        layer.register_forward_pre_hook(lambda module, args, s=sums[name]: s.add(args[0]))
-        for name, layer in layers.items()
+        layer.register_forward_pre_hook(partial(_add, sums[name])) for name, layer in layers.items()
     ]
     try:
         device = next(model.parameters()).device

@@ -47,9 +47,9 @@ def run_tasks(
         CalibrationError: no task of that name.
     """
     check_installed()
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
+    import lm_eval  # pyright: ignore[reportMissingImports]
+    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
     folder = None if task_folder is None else str(task_folder)
     manager = TaskManager(include_path=folder)

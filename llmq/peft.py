@@ -71,7 +71,8 @@ class PackedLora(nn.Module, LoraLayer):
             return y
         for name in self.active_adapters:
             if name in self.lora_A:
-                A, B = self.lora_A[name], self.lora_B[name]
+                A: Any = self.lora_A[name]
+                B: Any = self.lora_B[name]
                 low = A(self.lora_dropout[name](self._cast_input_dtype(x, A.weight.dtype)))
                 y = y + (B(low) * self.scaling[name]).to(y.dtype)
         return y
@@ -97,7 +98,7 @@ def get_peft_model(model: Any, config: peft.LoraConfig, **kwargs: Any) -> peft.P
     """
     names = packed_linears(model)
     if config.target_modules in (None, "all-linear"):
-        config.target_modules = set(names)
+        config.target_modules = set(names)  # type: ignore[assignment]
     config._register_custom_module({PackedLinear: PackedLora})
     return peft.get_peft_model(model, config, **kwargs)  # type: ignore[return-value]
 
@@ -115,7 +116,7 @@ def load_adapter(model: Any, folder: str | Path, **kwargs: Any) -> peft.PeftMode
         FormatError: it belongs to another model: layers or shapes that this one does not have.
     """
     try:
-        config = peft.LoraConfig.from_pretrained(str(folder))
+        config: Any = peft.LoraConfig.from_pretrained(str(folder))
         with safe_open(Path(folder) / _WEIGHTS, "pt") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
     except (OSError, ValueError, SafetensorError) as error:

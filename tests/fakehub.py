@@ -63,7 +63,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     hub: FakeHub
 
-    def log_message(self, *args: Any) -> None:
+    def log_message(self, format: str, *args: Any) -> None:
         pass
 
     def do_GET(self) -> None:
@@ -214,7 +214,7 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {first}-{len(data) - 1}/{len(data)}"
             self._send(data[first:], 206, **headers)
         else:
-            self._send(data, **headers)
+            self._send(data, 200, **headers)
 
     def yaml(self, body: bytes) -> None:
         self._json({"errors": [], "warnings": []})

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def source(tmp_path_factory, model) -> Path:
 def checkpoint(source: Path, text: Path) -> Path:
     """Quantized, with a recorded measurement."""
     out = source.parent / "tiny-int4"
-    settings = {"samples": 4, "seq_len": 64, "group_size": 64}
+    settings: dict[str, Any] = {"samples": 4, "seq_len": 64, "group_size": 64}
     llmq.quantize(source, out, calibration=str(text), **settings)
     llmq.evaluate(out, str(text), seq_len=64, windows=4, reference=source, record=True)
     return out
@@ -72,7 +73,7 @@ def test_a_push_holds_every_file_and_a_card_of_measured_numbers(checkpoint, serv
     assert done.files == {name: len(data) for name, data in files.items()}
     assert done.url == f"{server.url}/me/tiny"
 
-    card = ModelCard(files["README.md"].decode())  # huggingface_hub's own parser
+    card: Any = ModelCard(files["README.md"].decode())  # huggingface_hub's own parser
     report = json.loads(files["quantization_report.json"])
     [measured] = report["evaluations"]
     assert card.data.base_model == "org/tiny"
@@ -96,7 +97,7 @@ def test_a_push_holds_every_file_and_a_card_of_measured_numbers(checkpoint, serv
 def test_what_was_not_measured_is_said_to_be_so(checkpoint) -> None:
     report = json.loads((checkpoint / "quantization_report.json").read_text())
     del report["evaluations"]
-    card = ModelCard(model_card(report, "me/tiny"))
+    card: Any = ModelCard(model_card(report, "me/tiny"))
     assert card.text.count("not measured") == 3
     assert card.data.eval_results is None
     assert card.data.base_model is None
