@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from llmq.api import evaluate, load, quantize
+    from llmq.convert import convert
     from llmq.errors import LlmqError
     from llmq.scheme import QuantizedWeight, QuantScheme
 
@@ -21,11 +22,20 @@ _HOME = {
     "LlmqError": "llmq.errors",
     "QuantScheme": "llmq.scheme",
     "QuantizedWeight": "llmq.scheme",
+    "convert": "llmq.convert",
     "evaluate": "llmq.api",
     "load": "llmq.api",
     "quantize": "llmq.api",
 }
-__all__ = ["LlmqError", "QuantScheme", "QuantizedWeight", "evaluate", "load", "quantize"]
+__all__ = [
+    "LlmqError",
+    "QuantScheme",
+    "QuantizedWeight",
+    "convert",
+    "evaluate",
+    "load",
+    "quantize",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -44,6 +44,15 @@ class Method(str, Enum):
     awq_gptq = "awq+gptq"
 
 
+class Format(str, Enum):
+    """Layouts on disk."""
+
+    compressed_tensors = "compressed-tensors"
+    gptq = "gptq"
+    awq = "awq"
+    gguf = "gguf"
+
+
 class Join(str, Enum):
     """How documents become one text."""
 
@@ -513,6 +522,34 @@ def verify(
         soft_wrap=True,
     )
     _finish({"files": names}, as_json)
+
+
+@app.command(help=cli_help.CONVERT)
+def convert(
+    src: Annotated[str, typer.Argument(metavar="IN", help="Quantized: folder or Hub name.")],
+    out: Annotated[Path, typer.Argument(help="Folder to create.")],
+    format: Annotated[Format, typer.Option(help="Layout of the result, see above.")],
+    as_json: AsJson = False,
+) -> None:
+    console = _start(as_json)
+    from llmq.convert import convert as rewrite
+    from llmq.gguf_file import write_gguf
+
+    if format is Format.gguf:
+        done = write_gguf(src, out, progress=True)
+    else:
+        done = rewrite(src, out, format.value, progress=True)
+    lost = "nothing was lost."
+    if done.rounded_scales:
+        lost = f"{done.rounded_scales} scales rounded, by {done.largest_change:.1e} at most."
+    console.print(
+        f"{out}: {done.modules} matrices, {done.source} to {done.target}; {lost}",
+        *(f"Note: {note}." for note in done.notes),
+        sep="\n",
+        highlight=False,
+        soft_wrap=True,
+    )
+    _finish(asdict(done), as_json)
 
 
 @app.command(help=cli_help.DEMO)

@@ -118,6 +118,18 @@ VERIFY = (
     "llmq verify ./model-4bit"
 )
 
+CONVERT = (
+    "Rewrite a quantized checkpoint in another layout, without solving anything again.\n\n"
+    "IN is a compressed-tensors, GPTQ or AWQ checkpoint. Codes and zero points stay as they are; "
+    "GPTQ, AWQ and GGUF store scales in float16, and what that rounds is counted.\n\n"
+    "[bold]Which format?[/bold] compressed-tensors: transformers, vLLM, SGLang; all widths. gptq: "
+    "older loaders; symmetric, or version 2. awq: 4 bits, also asymmetric. gguf: one file for "
+    "llama.cpp, for llama, mistral, qwen2 and qwen3; blocks are made from the codes, exactly for "
+    "symmetric ones.\n\n"
+    "[bold]Example[/bold]\n\n"
+    "llmq convert ./model-4bit ./model-awq --format awq"
+)
+
 DEMO = (
     "Quantize a tiny trained model in every way and compare: offline, under a minute.\n\n"
     "The model is a Llama of one million parameters that comes with llmq. Every row of the table "

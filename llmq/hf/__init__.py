@@ -6,8 +6,8 @@
     LlmqConfig   `quantization_config=` to quantize a full-precision checkpoint while it loads
 
 Importing this package also makes plain `AutoModelForCausalLM.from_pretrained` and `pipeline` keep
-integer weight-only compressed-tensors checkpoints packed. Other compressed-tensors checkpoints
-(fp8, quantized activations, sparse ...) still go to whoever handled them before.
+integer weight-only compressed-tensors, GPTQ and AWQ checkpoints packed. Others (fp8, quantized
+activations, sparse ...) still go to whoever handled them before.
 """
 
 from llmq.hf.loading import load, take_over

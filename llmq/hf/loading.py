@@ -14,7 +14,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from llmq.errors import FormatError, SourceError
-from llmq.formats import compressed_tensors
+from llmq.formats import awq, compressed_tensors, gptq
+from llmq.formats.layouts import layout_of
 from llmq.fuse import fuse_on_gpu, fuse_shared_inputs, head_scheme, pack_head
 from llmq.hf.quantizer import LlmqConfig, LlmqQuantizer, attach
 from llmq.nn import prepare
@@ -22,13 +23,13 @@ from llmq.nn import prepare
 
 @dataclass(frozen=True)
 class _IntegerWeightsOnly:
-    """Stands for the config class of "compressed-tensors": ours if we can, else the previous."""
+    """Stands for the config class of a method: ours where llmq reads it, else the previous."""
 
     previous: Any
 
     def from_dict(self, quantization_config: dict[str, Any], **kwargs: Any) -> Any:
         try:
-            compressed_tensors.parse_config(quantization_config)
+            layout_of(quantization_config)
         except FormatError:
             return self.previous.from_dict(quantization_config, **kwargs)
         return LlmqConfig(checkpoint=quantization_config)
@@ -36,9 +37,10 @@ class _IntegerWeightsOnly:
 
 def take_over() -> None:
     """Register the quantizer, and put it in charge of the checkpoints it can read."""
-    known = AUTO_QUANTIZATION_CONFIG_MAPPING[compressed_tensors.METHOD]
-    previous = getattr(known, "previous", known)  # this package may be reloaded
-    AUTO_QUANTIZATION_CONFIG_MAPPING[compressed_tensors.METHOD] = _IntegerWeightsOnly(previous)  # type: ignore[assignment]
+    for method in (compressed_tensors.METHOD, gptq.METHOD, awq.METHOD):
+        known = AUTO_QUANTIZATION_CONFIG_MAPPING[method]
+        previous = getattr(known, "previous", known)  # this package may be reloaded
+        AUTO_QUANTIZATION_CONFIG_MAPPING[method] = _IntegerWeightsOnly(previous)  # type: ignore[assignment]
     AUTO_QUANTIZER_MAPPING["llmq"] = LlmqQuantizer
 
 
@@ -90,7 +92,7 @@ def load(
         )
     except SafetensorError as error:
         raise FormatError(f"{path_or_name}: a weight file is damaged ({error}).") from error
-    except OSError as error:
+    except (OSError, ImportError) as error:  # the package of another method may be missing
         reason = str(error).strip().partition("\n")[0]
         raise SourceError(f"{path_or_name}: weights cannot be read. {reason}") from error
     model, info = loaded

@@ -24,6 +24,12 @@ def checkpoint_config(model: PreTrainedModel) -> dict[str, Any]:
     """
     schemes: dict[QuantScheme, list[str]] = {}
     for name, module in packed_modules(model):
+        if any(key.endswith("_order") for key, _ in module.named_parameters()):
+            raise SchemeError(
+                f"{name}: its inputs are ordered by importance (desc_act), which "
+                "compressed-tensors has no place for. The checkpoint it came from can be used as "
+                "it is."
+            )
         linear = isinstance(module, PackedLinear)
         for stem, scheme in ({"weight": module.scheme} if linear else module.schemes).items():
             packed = {f"{name}.{stem}_packed": module.get_parameter(f"{stem}_packed")}

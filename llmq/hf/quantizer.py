@@ -23,6 +23,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmq.errors import SchemeError
 from llmq.formats import compressed_tensors
+from llmq.formats.layouts import Layout, TensorFiles, layout_of, packed_shapes, resolved
+from llmq.hf.foreign import is_repacking, loading_conversions
 from llmq.hf.names import checkpoint_config
 from llmq.hf.rounding import RoundToNearest, chosen_parameters
 from llmq.hf.skeleton import pack_skeleton, tensor_shapes
@@ -44,7 +46,8 @@ class LlmqConfig(QuantizationConfigMixin):
         skip: modules that stay in full precision: names or the ends of names, with shell
             wildcards, as in `quantize.Recipe`.
         lm_head: whether the output head is quantized too.
-        checkpoint: a `quantization_config` from a config.json; then the rest is not used.
+        checkpoint: a `quantization_config` from a config.json (compressed-tensors, GPTQ or AWQ);
+            then the rest is not used.
 
     Raises:
         SchemeError: a scheme that does not exist.
@@ -66,7 +69,7 @@ class LlmqConfig(QuantizationConfigMixin):
         self.checkpoint = checkpoint
 
     def to_dict(self) -> dict[str, Any]:
-        """What a saved config.json holds: always compressed-tensors."""
+        """What a saved config.json holds: compressed-tensors, but for what that cannot hold."""
         if self.checkpoint is None:
             return compressed_tensors.config({self.scheme: ["Linear"]}, [])
         return copy.deepcopy(self.checkpoint)
@@ -83,9 +86,12 @@ class LlmqQuantizer(HfQuantizer):
     def __init__(self, quantization_config: LlmqConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.to_round: frozenset[str] = frozenset()  # parameters that are rounded as they arrive
+        self.repacked: Layout | None = None  # of a checkpoint of another tool
+        self.ordered = False  # whether it keeps inputs in an order that cannot be saved
+        self.saving_conversions: list[Any] = []
 
     def is_serializable(self) -> bool:  # type: ignore[override]
-        return True
+        return not self.ordered
 
     @property
     def is_trainable(self) -> bool:  # type: ignore[override]
@@ -99,15 +105,30 @@ class LlmqQuantizer(HfQuantizer):
         return []
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None):
-        if SUFFIXES_MATCH:
+        original = weight_conversions
+        if not SUFFIXES_MATCH:
+            weight_conversions = super().update_weight_conversions(weight_conversions, model)
+        if self.repacked is None:
             return weight_conversions
-        return super().update_weight_conversions(weight_conversions, model)
+        self.saving_conversions = list(weight_conversions)
+        return loading_conversions(original, self.repacked)
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None):
+        if is_repacking(converter):
+            return None  # the operation reads the tensors as they are in the file
+        return super().get_new_dtype(converter, param, dtype)
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config = self.quantization_config
         if self.pre_quantized:
-            stated = compressed_tensors.parse_config(config.checkpoint or {})
-            pack_skeleton(model, stated, tensor_shapes(kwargs.get("checkpoint_files")))
+            layout = layout_of(config.checkpoint or {})
+            shapes = tensor_shapes(kwargs.get("checkpoint_files"))
+            if layout.method != compressed_tensors.METHOD:
+                files = TensorFiles(kwargs["checkpoint_files"])
+                self.repacked = layout = resolved(layout, files)
+                shapes = packed_shapes(layout, files)
+                self.ordered = any(key.endswith(".weight_order") for key in shapes)
+            pack_skeleton(model, layout.config, shapes)
         else:
             self.to_round = chosen_parameters(model, config.scheme, config.skip, config.lm_head)
 
@@ -128,7 +149,14 @@ class LlmqQuantizer(HfQuantizer):
         for _, module in packed_modules(model):
             module.requires_grad_(False)
         prepare(model)
-        if not self.pre_quantized:
+        if self.repacked is not None:
+            used = {id(t) for t in model._weight_conversions}
+            model._weight_conversions = [
+                t
+                for t in self.saving_conversions
+                if id(t) in used or isinstance(t, WeightConverter)
+            ]
+        if not self.pre_quantized or (self.repacked is not None and not self.ordered):
             attach(model)
         return model
 

@@ -79,7 +79,8 @@ def pack_skeleton(model: PreTrainedModel, config: CheckpointConfig, shapes: Shap
             N, K = out_in(module)
             _check_divides(name, K, scheme)
             bias = module.bias is not None
-            put(model, name, PackedLinear(scheme, K, N, bias, dtype, "meta"))
+            ordered = f"{sources[0]}_order" in shapes
+            put(model, name, PackedLinear(scheme, K, N, bias, dtype, "meta", ordered))
         else:
             raise FormatError(f"{sources[0]}: packed, but {type(module).__name__} cannot be.")
     for name, schemes in stacks.items():
@@ -89,7 +90,8 @@ def pack_skeleton(model: PreTrainedModel, config: CheckpointConfig, shapes: Shap
         for stack, scheme in schemes.items():
             _check_divides(f"{name}.{stack}", expert_weight(experts, stack, 0).shape[1], scheme)
         gate_up, down = (schemes[stack] for stack in STACKS)
-        put(model, name, PackedExperts(experts, gate_up, down))
+        ordered = [s for s in STACKS if any(f"{n}_order" in shapes for n in names[f"{name}.{s}"])]
+        put(model, name, PackedExperts(experts, gate_up, down, ordered=ordered))
     expected = {key: tuple(value.shape) for key, value in model.named_parameters()}
     for parameter, sources in names.items():
         _check_tensors(parameter, sources, expected, shapes)

@@ -1,0 +1,314 @@
+"""Rewrite a quantized checkpoint in another layout: the same codes, packed differently.
+
+Modules are read, converted and written one at a time; a file is flushed when it is full, so that
+memory stays near the size of one file and one matrix.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llmq.errors import FormatError, SchemeError, SourceError
+from llmq.formats import awq, columns, compressed_tensors, gptq
+from llmq.formats.layouts import Layout, TensorFiles, layout_of, resolved
+from llmq.hf.saving import COMPANIONS, original_folder
+from llmq.output import staged_folder, writing
+from llmq.progress import progress_bar
+from llmq.report import REPORT_FILE
+from llmq.scheme import QuantizedWeight, QuantScheme
+from llmq.shards import INDEX, weight_files
+
+TARGETS = (compressed_tensors.METHOD, gptq.METHOD, awq.METHOD)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion did.
+
+    Attributes:
+        source, target: layouts, as in `TARGETS`.
+        modules: how many packed modules were rewritten.
+        rounded_scales: how many scales the target cannot hold exactly; 0 = nothing was lost.
+        largest_change: of those scales, relative.
+        notes: what to know about the result.
+    """
+
+    source: str
+    target: str
+    modules: int
+    rounded_scales: int
+    largest_change: float
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A quantized checkpoint on disk.
+
+    Attributes:
+        folder: where it is.
+        config: its config.json.
+        layout: how its modules are read.
+        tensors: of all its files.
+        schemes: module -> scheme.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    layout: Layout
+    tensors: TensorFiles
+    schemes: dict[str, QuantScheme]
+
+    def read(self, name: str) -> QuantizedWeight:
+        """One matrix."""
+        return self.layout.read(name, self.tensors, self.schemes[name])
+
+    def dense(self) -> list[str]:
+        """Keys of everything that is not packed."""
+        packed = {f"{n}.{suffix}" for n in self.schemes for suffix in self.layout.suffixes}
+        return [key for key in self.tensors if key not in packed]
+
+
+def open_checkpoint(src: str | os.PathLike[str]) -> Opened:
+    """Open a quantized checkpoint: folder or Hub name.
+
+    Raises:
+        SourceError: there is none, or it is not quantized.
+        FormatError: it is damaged, or in a layout that llmq does not read.
+        SchemeError: it stacks experts in one tensor.
+    """
+    folder = original_folder(os.fspath(src))
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FormatError(f"{folder / 'config.json'}: not JSON: {error}.") from error
+    stated = config.get("quantization_config")
+    if not stated:
+        raise SourceError(f"{src}: not quantized. Run llmq quantize first.")
+    tensors = TensorFiles(weight_files(folder))
+    layout = resolved(layout_of(stated), tensors)
+    schemes = layout.modules(tensors)
+    if stacked := [key for key in tensors if key.endswith("_proj_packed")]:
+        raise SchemeError(
+            f"{stacked[0]}: experts are stacked in one tensor, which only compressed-tensors holds."
+        )
+    if not schemes:
+        raise FormatError(f"{src}: config.json says quantized, but no packed module is there.")
+    return Opened(folder, config, layout, tensors, schemes)
+
+
+def convert(
+    src: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    format: str,
+    *,
+    max_shard_bytes: int = 5 * 10**9,
+    progress: bool = False,
+) -> Conversion:
+    """Write a quantized checkpoint in another layout.
+
+    Codes and zeros are kept as they are. Scales are too where the target's dtype holds them: GPTQ
+    and AWQ store fp16, which holds nearly every bf16 scale that occurs; the result tells how many
+    were rounded.
+
+    Args:
+        src: folder or Hub name of a compressed-tensors, GPTQ or AWQ checkpoint.
+        out: folder to create; must be absent or empty.
+        format: "compressed-tensors", "gptq" (version 1 if symmetric, else 2) or "awq".
+        max_shard_bytes: of one safetensors file.
+        progress: show a bar on standard error if that is a terminal.
+
+    Raises:
+        SourceError, FormatError: `src` cannot be used.
+        SchemeError: the format cannot hold what is there; says which could.
+        OutputError: `out` is in the way or cannot be written.
+    """
+    if format not in TARGETS:
+        raise SchemeError(f"format={format!r}: use one of {', '.join(TARGETS)}.")
+    with staged_folder(out) as folder:
+        opened = open_checkpoint(src)
+        _check_holds(opened, format)
+        config = _target_config(opened, format)
+        write = _writer(opened, format)
+        lost: list[tuple[int, float]] = []
+        with writing(out):
+            shards = _Shards(folder, max_shard_bytes)
+            for key in opened.dense():
+                shards.add(key, opened.tensors[key])
+            with progress_bar("Converting", len(opened.schemes), show=progress) as advance:
+                for done, name in enumerate(opened.schemes, 1):
+                    q = opened.read(name)
+                    if format != compressed_tensors.METHOD:
+                        lost.append(columns.lossy_scales(q))
+                    for key, tensor in write(name, q).items():
+                        shards.add(key, tensor)
+                    advance(done)
+            shards.close()
+            _write_companions(opened, folder, config)
+        return Conversion(
+            opened.layout.method,
+            format,
+            len(opened.schemes),
+            sum(count for count, _ in lost),
+            max((change for _, change in lost), default=0.0),
+            tuple(_notes(opened, format)),
+        )
+
+
+def _writer(opened: Opened, target: str) -> Callable[[str, QuantizedWeight], dict[str, Tensor]]:
+    if target == gptq.METHOD:
+        version = 1 if _symmetric(opened) else 2
+        return lambda name, q: gptq.write(name, q, version)
+    if target == awq.METHOD:
+        return awq.write
+    stored = opened.config.get("dtype") or opened.config.get("torch_dtype")
+    dtype = getattr(torch, str(stored), None)
+
+    def write(name: str, q: QuantizedWeight) -> dict[str, Tensor]:
+        tensors = compressed_tensors.write(name, q)
+        scale = q.scale if dtype is None else q.scale.to(dtype)
+        if torch.equal(scale.float(), q.scale.float()):
+            tensors[f"{name}.weight_scale"] = scale
+        return tensors
+
+    return write
+
+
+def _symmetric(opened: Opened) -> bool:
+    return all(scheme.symmetric for scheme in opened.schemes.values())
+
+
+def _reason(opened: Opened, target: str) -> str | None:
+    """Why `target` cannot hold this checkpoint; None if it can."""
+    for name, scheme in opened.schemes.items():
+        N, K = opened.layout.shape(name, opened.tensors, scheme)
+        reason = None
+        if target != compressed_tensors.METHOD:
+            reason = (gptq if target == gptq.METHOD else awq).why_not(scheme, N, K)
+        if target != gptq.METHOD and opened.layout.is_ordered(name, opened.tensors, scheme):
+            reason = "its inputs are ordered by importance (desc_act)"
+        if reason:
+            return f"{name}: {reason}"
+    if target == awq.METHOD:
+        try:
+            awq.config(opened.schemes, _dense_matrices(opened))
+        except SchemeError as error:
+            return str(error).rstrip(".")
+    return None
+
+
+def _check_holds(opened: Opened, target: str) -> None:
+    """Refuse what the target cannot hold, with what could.
+
+    Raises:
+        SchemeError: names the module.
+    """
+    if reason := _reason(opened, target):
+        others = [f for f in TARGETS if f != target and _reason(opened, f) is None]
+        raise SchemeError(f"{target} cannot hold {reason}. Use --format {' or '.join(others)}.")
+
+
+def _dense_matrices(opened: Opened) -> list[str]:
+    """Modules with a matrix in full precision; without embeddings and the output layer, which
+    are told by their size: as many rows as the vocabulary."""
+    vocabulary = opened.config.get("vocab_size")
+    return [
+        key.removesuffix(".weight")
+        for key in opened.dense()
+        if key.endswith(".weight")
+        and len(shape := opened.tensors.shape(key)) == 2
+        and shape[0] != vocabulary
+    ]
+
+
+def _target_config(opened: Opened, target: str) -> dict[str, Any]:
+    """The `quantization_config` of the result."""
+    schemes, dense = opened.schemes, _dense_matrices(opened)
+    if target == gptq.METHOD:
+        return gptq.config(schemes, dense, 1 if _symmetric(opened) else 2)
+    if target == awq.METHOD:
+        return awq.config(schemes, dense)
+    if opened.layout.method == target:
+        return opened.config["quantization_config"]
+    most = columns.most_common(schemes)
+    groups: dict[QuantScheme, list[str]] = {most: ["Linear"]}
+    for name, scheme in schemes.items():
+        if scheme != most:
+            groups.setdefault(scheme, []).append(name)
+    if schemes.get("lm_head") == most:
+        groups[most].append("re:.*lm_head")
+    head = [] if "lm_head" in schemes else ["lm_head"]
+    return compressed_tensors.config(groups, [*dense, *head])
+
+
+def _notes(opened: Opened, target: str) -> Iterator[str]:
+    if target == gptq.METHOD and not _symmetric(opened):
+        yield "asymmetric GPTQ (version 2): GPTQModel and llmq load it, vLLM and SGLang refuse it"
+    if any(".experts." in name for name in opened.schemes) and target != compressed_tensors.METHOD:
+        yield "stock transformers leaves GPTQ and AWQ experts random; llmq and engines load them"
+
+
+def _write_companions(opened: Opened, folder: Path, config: Mapping[str, Any]) -> None:
+    """Everything but weights."""
+    patterns = (*COMPANIONS, REPORT_FILE)
+    for path in sorted({p for glob in patterns for p in opened.folder.glob(glob)}):
+        if path.is_file():
+            target = folder / path.relative_to(opened.folder)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
+    whole = opened.config | {"quantization_config": config}
+    files = {"config.json": whole}
+    if config["quant_method"] == gptq.METHOD:
+        files["quantize_config.json"] = dict(config)
+    for name, content in files.items():
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+class _Shards:
+    """Safetensors files of at most `limit` bytes, named when their number is known."""
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder = folder
+        self.limit = limit
+        self.waiting: dict[str, Tensor] = {}
+        self.written: list[list[str]] = []
+        self.total = self.size = 0
+
+    def add(self, key: str, tensor: Tensor) -> None:
+        if self.waiting and self.size + tensor.nbytes > self.limit:
+            self._flush()
+        self.waiting[key] = tensor.contiguous()
+        self.size += tensor.nbytes
+
+    def close(self) -> None:
+        """Write what is left, give the files their names, write the index if there are several."""
+        self._flush()
+        count = len(self.written)
+        index: dict[str, str] = {}
+        for number, keys in enumerate(self.written, 1):
+            name = f"model-{number:05}-of-{count:05}.safetensors"
+            name = name if count > 1 else "model.safetensors"
+            (self.folder / f"part-{number}").rename(self.folder / name)
+            index.update(dict.fromkeys(keys, name))
+        if count > 1:
+            content = {"metadata": {"total_size": self.total}, "weight_map": index}
+            path = self.folder / INDEX
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    def _flush(self) -> None:
+        self.written.append(list(self.waiting))
+        path = self.folder / f"part-{len(self.written)}"
+        save_file(self.waiting, path, metadata={"format": "pt"})
+        self.total += self.size
+        self.waiting, self.size = {}, 0
