@@ -13,7 +13,7 @@ import torch
 from gptqmodel import BACKEND, GPTQModel
 
 folder, prompts, count = sys.argv[1], json.loads(Path(sys.argv[2]).read_text()), int(sys.argv[3])
-model = GPTQModel.load(folder, device="cpu", backend=BACKEND.TORCH, dtype=torch.float32)
+model = GPTQModel.load(folder, device="cpu", backend=BACKEND.TORCH, dtype=torch.float16)
 found = []
 with torch.no_grad():
     for prompt in prompts:
