@@ -43,7 +43,7 @@ LEVELS = [
     {"stream", "hub", "mixing", "inputs"},
     {"api", "bench"},
     {"showcase"},
-    {"cli_share"},
+    {"cli_share", "cli_plan", "cli_measure"},
     {"cli"},
     {"__main__"},
 ]

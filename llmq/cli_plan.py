@@ -1,0 +1,116 @@
+"""What is asked before quantizing: `llmq plan`, `llmq sensitivity`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmq import cli_help
+from llmq.cli_common import AsJson, Bos, Device, Join, JoinOption, finish, numbers, start
+
+
+def plan(
+    src: Annotated[str, typer.Argument(help="Full-precision model: folder or Hub name.")],
+    bits: Annotated[int, typer.Option(help="8, 4, 3 or 2 bits per weight.")] = 4,
+    group_size: Annotated[
+        int, typer.Option(help="Weights that share a scale: 32, 64, 128; -1 = a whole row.")
+    ] = 128,
+    symmetric: Annotated[bool, typer.Option("--symmetric/--asymmetric")] = True,
+    lm_head: Annotated[bool, typer.Option("--lm-head/--no-lm-head")] = False,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Layers to leave as they are; repeatable."),
+    ] = None,
+    tensor_parallel: Annotated[
+        str, typer.Option(metavar="N,N...", help="GPUs that shall share the result.")
+    ] = "1,2,4,8",
+    out: Annotated[Path, typer.Option(help="Where it shall be written.")] = Path(),
+    as_json: AsJson = False,
+) -> None:
+    console = start(as_json)
+    from llmq import api
+    from llmq.report import size, table
+
+    found = api.plan(
+        src,
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        lm_head=lm_head,
+        skip=skip or (),
+        tensor_parallel=numbers("--tensor-parallel", tensor_parallel),
+        out=out,
+    )
+    rows = [
+        ("weights", f"{found.parameters:,}"),
+        ("matrices to quantize", f"{found.matrices} ({found.quantized_weights:,} weights)"),
+        ("bits per quantized weight", f"{found.bits_per_weight:.3f}"),
+        ("files now", size(found.source_bytes)),
+        ("files afterwards", f"{size(found.output_bytes)} ({found.output_bytes:,} bytes)"),
+    ]
+    console.print(table("", ["plan", ""], rows))
+    words = {True: "yes", False: "no", None: "?"}
+    rows = [(engine.name, words[engine.loads], engine.note) for engine in found.engines]
+    console.print(table("", ["engine", "loads it", "limits"], rows))
+    for problem in found.problems:
+        text = f"{problem.where}: {problem.what}. Use {problem.fix}."
+        style = "red" if problem.fatal else "yellow"
+        console.print(text, style=style, highlight=False, soft_wrap=True)
+    finish(found.to_json(), as_json)
+    if any(problem.fatal for problem in found.problems):
+        raise typer.Exit(1)
+
+
+def sensitivity(
+    src: Annotated[str, typer.Argument(help="Full-precision model: folder or Hub name.")],
+    bits: Annotated[float, typer.Option(help="Average for the allocation shown.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Weights that share a scale.")] = 128,
+    symmetric: Annotated[bool, typer.Option("--symmetric/--asymmetric")] = True,
+    calibration: Annotated[str | None, typer.Option(help=f"Text: {cli_help.TEXT}")] = None,
+    samples: Annotated[int, typer.Option(help="Windows of text, 32 at most are used.")] = 32,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Layers to leave as they are.")
+    ] = None,
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(help="Which windows of the text are used.")] = 0,
+    join: JoinOption = Join.documents,
+    bos: Bos = None,
+    as_json: AsJson = False,
+) -> None:
+    console = start(as_json)
+    from llmq import api
+    from llmq.report import sensitivity_table
+    from llmq.sensitivity import allocation, predicted
+
+    units = api.sensitivity(
+        src,
+        group_size=group_size,
+        symmetric=symmetric,
+        calibration=calibration,
+        samples=samples,
+        seq_len=seq_len,
+        skip=skip or (),
+        device=device,
+        seed=seed,
+        join=join.value,
+        bos=bos,
+    )
+    widths = allocation(units, bits)
+    kl = predicted(units, widths)
+    console.print(sensitivity_table(units, widths))
+    gain = sorted(units, key=lambda unit: -unit.kl[4] / unit.weights)[:3]
+    console.print(
+        f"Predicted KL {kl:.4f} at {bits:g} bits on average, for layers that are solved one by "
+        "one: it ranks layers and widths; measure the result with llmq eval.\n"
+        "Most lost per weight at 4 bits (keep these higher): "
+        f"{'; '.join(', '.join(unit.names) for unit in gain)}.\n"
+        f"Next: llmq quantize {src} OUT --bits {bits:g}{'' if bits % 1 else ' --mixed'}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    entries = [{**asdict(unit), "bits": widths[unit.names[0]]} for unit in units]
+    finish({"bits": bits, "predicted_kl": kl, "layers": entries}, as_json)
