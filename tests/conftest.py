@@ -1,4 +1,4 @@
-"""Fixtures for tests of the command line."""
+"""Fixtures for tests of the command line. Tests run in one process per core: one thread in each."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from transformers.utils import logging
 from zoo import save_tiny, tiny_text
 
 from llmq.cli import main
+
+torch.set_num_threads(1)
 
 QUICK = ["--samples", "4", "--seq-len", "64", "--group-size", "64"]
 
