@@ -7,6 +7,7 @@ of GPTQ and AWQ tensors in tests/test_columns.py.
 from __future__ import annotations
 
 import json
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,7 @@ def desc_act(folder: Path, out: Path) -> Path:
     for seed, name in enumerate(opened.schemes):
         expert = name.rpartition(".")[0] if ".experts." in name else str(seed)
         q = opened.read(name)
-        generator = torch.Generator().manual_seed(hash(expert) % 1000)
+        generator = torch.Generator().manual_seed(zlib.crc32(expert.encode()))
         order = torch.randperm(q.shape[1], generator=generator)
         found |= gptq.write(name, replace(q, order=order), version)
     save_file(found, out / "model.safetensors", metadata={"format": "pt"})
