@@ -125,7 +125,7 @@ def test_what_a_protocol_refuses(raw) -> None:
 
 
 def test_the_command_line_names_every_protocol(run, model, raw) -> None:
-    from llmq.cli import Protocol
+    from llmq.cli_measure import Protocol
 
     assert [protocol.value for protocol in Protocol] == list(PROTOCOLS)
     options = ["--text", raw, "--seq-len", L, "--protocol", "wikitext2"]
