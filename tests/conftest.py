@@ -1,4 +1,4 @@
-"""Fixtures for tests of the command line. Tests run in one process per core: one thread in each."""
+"""Fixtures for tests of the command line. Two processes run them, one thread in each."""
 
 from __future__ import annotations
 
