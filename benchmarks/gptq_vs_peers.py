@@ -117,6 +117,7 @@ def timed(argv: list[str], threads: int, log: Path, cwd: Path) -> dict[str, Any]
         "cpu_seconds": usage.ru_utime + usage.ru_stime,
         "peak_memory_bytes": usage.ru_maxrss * 1024,
         "seconds_quantize": json.loads(own[-1]).get("seconds_quantize") if own else None,
+        "commit": environment(threads)["commit"],
     }
 
 
