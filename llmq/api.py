@@ -1,4 +1,4 @@
-"""The three verbs of llmq: `quantize` a model into a folder, `evaluate` one, `load` one.
+"""The verbs of llmq: `quantize` a model into a folder, `evaluate` one, `load` one, and others.
 
 The command line is a thin shell over these functions; options have the same names and defaults.
 """
@@ -8,58 +8,41 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from torch import nn
 
-import llmq
 from llmq import demo, hf, plan as planning, ranks
-from llmq.calibrate import adds_bos
-from llmq.errors import CalibrationError, FormatError, SchemeError, SourceError
+from llmq.errors import FormatError, SchemeError, SourceError
 from llmq.evaluate import Evaluation, evaluate as measure
-from llmq.gate import Gate
 from llmq.harness import check_installed, run_tasks
 from llmq.hf.saving import original_folder
 from llmq.hf.streaming import StoredModel
-from llmq.inputs import calibration_windows, check_vocabulary, identity, share
+from llmq.inputs import check_vocabulary, public_source, read_calibration, window_length
 from llmq.journal import Workplace, workplace
 from llmq.ladder import chosen
-from llmq.mixing import average_for_size, is_mixed, parse_size, scan, uniform_width
-from llmq.objective import HELD_OUT
+from llmq.mixing import allocated, average_for_size, is_mixed, parse_size, scan, uniform_width
 from llmq.origin import command, origin, public_name
-from llmq.output import enough_memory, writing
+from llmq.pipeline import begin, outcome, publish, solve
 from llmq.plan import Plan
-from llmq.progress import progress_bar
 from llmq.protocols import PROTOCOLS, WIKITEXT2, read_windows
 from llmq.quantize import (
-    LayerReport,
     Recipe,
-    check_experts,
-    check_groups,
-    quantizable,
-    quantize as run,
 )
 from llmq.report import (
     REPORT_FILE,
     add_evaluation,
     bits_per_weight,
-    expert_coverage,
     inspect_checkpoint,
-    layer_entry,
     peak_memory_bytes,
-    read_report,
-    write_report,
 )
 from llmq.scheme import QuantScheme
-from llmq.sensitivity import WIDTHS, Sensitivity, allocation, predicted
+from llmq.sensitivity import WIDTHS, Sensitivity
 from llmq.source import (
     check_path,
-    context_length,
     full_precision,
     open_config,
     open_model,
@@ -67,12 +50,9 @@ from llmq.source import (
     pick_device,
     source_headers,
 )
-from llmq.stream import Streamed, stack_name
-from llmq.text import Source, describe
-from llmq.verify import check, fingerprint, seal
+from llmq.text import Source
 
 _RTN_SAMPLES = 8  # rounding needs no text; these only measure the error that it made
-_BATCH_TOKENS = 2048
 
 
 def quantize(
@@ -135,25 +115,21 @@ def quantize(
         LlmqError: see `llmq.errors`; nothing is left at `out` then. Once blocks are finished, they
             are kept in a hidden folder beside it, and the same call continues with them.
     """
-    given = dict(locals())
-    start = time.perf_counter()
+    given, start = dict(locals()), time.perf_counter()
+    if activations not in ("memory", "disk"):
+        raise SchemeError(f"activations={activations!r}: use memory or disk.")
     method, recipe = chosen(method, quality)
     mixed = mixed or target_size is not None
     scheme = QuantScheme(uniform_width(bits, mixed), group_size, symmetric)
     recipe = dataclasses.replace(recipe, scheme=scheme, skip=tuple(skip), lm_head=lm_head)
-    if activations not in ("memory", "disk"):
-        raise SchemeError(f"activations={activations!r}: use memory or disk.")
     where = pick_device(device)
     ranks.join(where)
     with workplace(out, fresh) if ranks.number() == 0 else nullcontext(Workplace(out)) as work:
         name = check_path(src)
         config = full_precision(open_config(name), name)
-        tokenizer = open_tokenizer(name)
-        seq_len = _window_length(config, seq_len, 512)
-        bos = adds_bos(tokenizer) if bos is None else bos
-        windows, judge, held_out = calibration_windows(
+        text = read_calibration(
             calibration,
-            tokenizer,
+            open_tokenizer(name),
             config,
             samples=min(samples, _RTN_SAMPLES) if method == "rtn" else samples,
             seq_len=seq_len,
@@ -166,36 +142,15 @@ def quantize(
             bits = average_for_size(parse_size(target_size), name, config, headers, recipe)
         kl = None
         if is_mixed(bits, mixed):
-            units = scan(name, windows, recipe, where, seed)
-            chosen_bits = allocation(units, bits, widths)
-            schemes = {n: QuantScheme(b, group_size, symmetric) for n, b in chosen_bits.items()}
-            recipe, kl = dataclasses.replace(recipe, schemes=schemes), predicted(units, chosen_bits)
+            recipe, kl = allocated(recipe, bits, widths, name, text.windows, where, seed)
         source = StoredModel(original_folder(name))
-        names = quantizable(source.model, lm_head)
-        check_groups(names, recipe)
-        check_experts(source.model, recipe)
-        if not any(recipe.scheme_for(n) for n in names):
-            raise SchemeError(f"skip={list(skip)}: nothing is left to quantize.")
-        mine = share(windows, recipe)
-        if ranks.number() == 0:
-            work.begin(identity(source, recipe, method, windows, judge, where))
-        journal = work.journal = ranks.of_the_first(getattr(work, "journal", None))
-        if journal.complete and (report := read_report(work.result)):
-            if ranks.number() == 0:
-                work.publish()
+        if report := begin(source, recipe, method, text, where, work):
             return report
-        with enough_memory():
-            gate = Gate(source, judge, where) if ranks.number() == 0 else None
-            store = Streamed(source, work, gate, spill=activations == "disk")
-            size = min(_BATCH_TOKENS // seq_len, len(mine) // HELD_OUT)
-            batches = mine.split(max(1, size))
-            reports = run(source.model, batches, recipe, where, store)
-            total = sum(map(bool, map(recipe.scheme_for, names)))
-            show = progress and ranks.number() == 0
-            layers = list(_watched(reports, total, show, store.done))
-            if ranks.number() > 0:
-                return ranks.of_the_first(None)
-            digests, verdict = store.finish()
+        spill = activations == "disk"
+        solved = solve(source, recipe, text, where, work, spill=spill, show=progress)
+        if solved is None:  # another process writes
+            return ranks.of_the_first(None)
+        layers, digests, verdict = solved
         report = {
             **origin(name, config),
             "command": command(quantize, given),
@@ -206,27 +161,13 @@ def quantize(
             "symmetric": symmetric,
             "lm_head": lm_head,
             "skip": list(skip),
-            "calibration": {
-                "text": "embedded" if calibration is None else _public(calibration),
-                "sha256": fingerprint(windows),
-                "windows": len(windows),
-                "seq_len": seq_len,
-                "tokens": windows.numel(),
-                "bos": bos,
-                "join": join,
-                "seed": seed,
-            },
+            "calibration": text.told,
             "seconds": time.perf_counter() - start,
             "peak_memory_bytes": peak_memory_bytes(where),
-            "judged": {**verdict, "held_out": held_out},
-            **_outcome(work.result, layers),
+            "judged": {**verdict, "held_out": text.held_out},
+            **outcome(work.result, layers),
         }
-        with writing(out):
-            write_report(work.result, report)
-            seal(work.result, digests)
-            check(work.result)
-            work.log("end", seconds=report["seconds"], **verdict)
-            work.publish()
+        publish(work, report, digests)
     return ranks.of_the_first(report)
 
 
@@ -290,18 +231,17 @@ def sensitivity(
     recipe = Recipe(QuantScheme(4, group_size, symmetric), skip=tuple(skip))
     name = check_path(src)
     config = full_precision(open_config(name), name)
-    tokenizer = open_tokenizer(name)
-    windows, _, _ = calibration_windows(
+    text = read_calibration(
         calibration,
-        tokenizer,
+        open_tokenizer(name),
         config,
         samples=samples,
-        seq_len=_window_length(config, seq_len, 512),
+        seq_len=seq_len,
         seed=seed,
         join=join,
-        bos=adds_bos(tokenizer) if bos is None else bos,
+        bos=bos,
     )
-    return scan(name, windows, recipe, pick_device(device), seed)
+    return scan(name, text.windows, recipe, pick_device(device), seed)
 
 
 def evaluate(
@@ -353,7 +293,7 @@ def evaluate(
         raise SourceError("record: the report is about the checkpoint without an adapter.")
     if record and (name is None or not (Path(name) / REPORT_FILE).is_file()):
         raise SourceError(f"{name}: record needs a folder that llmq quantize wrote.")
-    seq_len = _window_length(config, seq_len, PROTOCOLS.get(protocol, 2048))
+    seq_len = window_length(config, seq_len, PROTOCOLS.get(protocol, 2048))
     if text is None and protocol == "wikitext2":
         text = WIKITEXT2
     read = read_windows(
@@ -364,7 +304,7 @@ def evaluate(
         samples=windows,
         join=join,
         bos=bos,
-        described="llmq's own text" if text is None else _public(text),
+        described="llmq's own text" if text is None else public_source(text),
     )
     check_vocabulary(read.ids, config)
     if isinstance(reference, str | os.PathLike):
@@ -433,19 +373,12 @@ def correct(
     from llmq import correction  # needs the package peft
 
     name, where = check_path(quantized), pick_device(device)
-    config, tokenizer = open_config(name), open_tokenizer(name)
-    windows, _, _ = calibration_windows(
-        calibration,
-        tokenizer,
-        config,
-        samples=samples,
-        seq_len=_window_length(config, seq_len, 512),
-        seed=0,
-        bos=adds_bos(tokenizer),
+    text = read_calibration(
+        calibration, open_tokenizer(name), open_config(name), samples=samples, seq_len=seq_len
     )
     full, packed = open_model(check_path(original), where), open_model(name, where)
     return correction.correct(
-        full, packed, windows, Path(out), rank=rank, base_model=public_name(name)
+        full, packed, text.windows, Path(out), rank=rank, base_model=public_name(name)
     )
 
 
@@ -464,47 +397,6 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
         **kwargs: passed on to `hf.load` (`backend`, `fuse`, `head_bits`) and `from_pretrained`.
     """
     return hf.load(check_path(path), **kwargs)
-
-
-def _public(source: Source) -> str:
-    """A source of text in a few words, without the path of a file."""
-    return public_name(source) if isinstance(source, str | os.PathLike) else describe(source)
-
-
-def _outcome(folder: Path, layers: Sequence[LayerReport]) -> dict[str, Any]:
-    """What a report says about versions and layers."""
-    stored = inspect_checkpoint(folder)
-    return {
-        "llmq": llmq.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "bits_per_weight": bits_per_weight(stored),
-        "bytes": sum(layer.bytes for layer in stored),
-        "expert_coverage": expert_coverage(layers),
-        "layers": [layer_entry(layer) for layer in layers],
-    }
-
-
-def _watched(
-    reports: Iterable[LayerReport], total: int, show: bool, done: Iterable[LayerReport]
-) -> Iterator[LayerReport]:
-    """Pass reports on under a progress bar; all experts of a stack count as one matrix."""
-    seen: set[str] = set()
-    before = len({stack_name(report.name) for report in done})
-    with progress_bar("Quantizing", total, show=show, before=before) as advance:
-        for report in reports:
-            seen.add(stack_name(report.name))
-            advance(len(seen))
-            yield report
-
-
-def _window_length(config: Any, seq_len: int | None, default: int) -> int:
-    limit = context_length(config)
-    if seq_len is None:
-        return min(default, limit or default)
-    if limit is not None and seq_len > limit:
-        raise CalibrationError(f"seq_len={seq_len}: this model has a context of {limit} tokens.")
-    return seq_len
 
 
 def _stored_bits(name: str | None) -> float | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,38 +14,104 @@ from torch import Tensor
 
 import llmq
 from llmq import demo, ranks, shards
-from llmq.calibrate import check_variety, token_windows
+from llmq.calibrate import adds_bos, check_variety, token_windows
 from llmq.errors import CalibrationError, SchemeError
 from llmq.gate import TOKENS
 from llmq.hf.streaming import StoredModel
 from llmq.objective import HELD_OUT
+from llmq.origin import public_name
 from llmq.quantize import Recipe
 from llmq.scheme import QuantScheme
-from llmq.text import Source
+from llmq.source import context_length
+from llmq.text import Source, describe
 from llmq.verify import fingerprint
+
+SEQ_LEN = 512  # tokens of a calibration window, if nobody says
 
 # What the identity of a run has under names of its own.
 _TOLD: dict[str, Any] = {"scheme": QuantScheme(), "schemes": {}, "skip": (), "lm_head": False}
 
 
-def calibration_windows(
-    text: Source | None, tokenizer: Any, config: Any, *, samples: int, bos: bool, **how: Any
-) -> tuple[Tensor, Tensor, bool]:
-    """Calibration windows (B, T), one (1, T) to judge by, and whether that is none of them."""
+@dataclass(frozen=True)
+class Calibration:
+    """Token ids to calibrate on.
+
+    Attributes:
+        windows: int64 (samples, seq_len).
+        judge: int64 (1, T), what the result is judged by.
+        held_out: whether `judge` is none of `windows`.
+        told: what a report says of them.
+    """
+
+    windows: Tensor
+    judge: Tensor
+    held_out: bool
+    told: dict[str, Any]
+
+
+def read_calibration(
+    text: Source | None,
+    tokenizer: Any,
+    config: Any,
+    *,
+    samples: int,
+    seq_len: int | None = None,
+    seed: int = 0,
+    join: str = "documents",
+    bos: bool | None = None,
+) -> Calibration:
+    """Cut calibration text into windows; see `api.quantize` for the arguments.
+
+    Raises:
+        CalibrationError: the text is missing, too short, repeats itself, or is not the model's.
+    """
+    seq_len = window_length(config, seq_len, SEQ_LEN)
+    bos = adds_bos(tokenizer) if bos is None else bos
     windows = token_windows(
         demo.calibration_path() if text is None else text,
         tokenizer,
         samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        join=join,
         bos=bos,
         short_ok=text is None,
         spare=1,
-        **how,
     )
     check_vocabulary(windows, config)
     windows, spare = windows[:samples], windows[samples:]
     check_variety(windows)
+    told = {
+        "text": "embedded" if text is None else public_source(text),
+        "sha256": fingerprint(windows),
+        "windows": len(windows),
+        "seq_len": seq_len,
+        "tokens": windows.numel(),
+        "bos": bos,
+        "join": join,
+        "seed": seed,
+    }
     judge = (spare if len(spare) else windows)[-1:, :TOKENS]
-    return windows, judge, bool(len(spare))
+    return Calibration(windows, judge, bool(len(spare)), told)
+
+
+def window_length(config: Any, seq_len: int | None, default: int) -> int:
+    """Tokens per window: as asked for, or `default` as far as the model's context reaches.
+
+    Raises:
+        CalibrationError: the model's context is shorter than `seq_len`.
+    """
+    limit = context_length(config)
+    if seq_len is None:
+        return min(default, limit or default)
+    if limit is not None and seq_len > limit:
+        raise CalibrationError(f"seq_len={seq_len}: this model has a context of {limit} tokens.")
+    return seq_len
+
+
+def public_source(source: Source) -> str:
+    """A source of text in a few words, without the path of a file."""
+    return public_name(source) if isinstance(source, str | os.PathLike) else describe(source)
 
 
 def share(windows: Tensor, recipe: Recipe) -> Tensor:
@@ -67,8 +135,7 @@ def identity(
     source: StoredModel,
     recipe: Recipe,
     method: str,
-    windows: Tensor,
-    judge: Tensor,
+    text: Calibration,
     device: str,
 ) -> dict[str, Any]:
     """Everything that determines the bytes of a checkpoint."""
@@ -82,9 +149,9 @@ def identity(
         "lm_head": recipe.lm_head,
         "solver": repr(dataclasses.replace(recipe, **_TOLD)),
         "widths": hashlib.sha256(repr(sorted(recipe.schemes.items())).encode()).hexdigest(),
-        "calibration tokens": fingerprint(windows),
-        "judged tokens": fingerprint(judge),
-        "calibration shape": list(windows.shape),
+        "calibration tokens": text.told["sha256"],
+        "judged tokens": fingerprint(text.judge),
+        "calibration shape": list(text.windows.shape),
         "device": device,
         "processes": ranks.count(),
         "llmq": llmq.__version__,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from llmq.errors import SchemeError
 from llmq.quantize import Recipe, check_groups, quantizable
 from llmq.report import Header
 from llmq.scheme import BITS
-from llmq.sensitivity import Sensitivity, sensitivities
+from llmq.sensitivity import Sensitivity, allocation, predicted, sensitivities
 from llmq.source import open_model
 
 WINDOWS = 32  # of calibration text, spread over all of it
@@ -78,6 +78,26 @@ def average_for_size(
             "Raise the size, or quantize the output layer too."
         )
     return min(average, BITS[-1])
+
+
+def allocated(
+    recipe: Recipe,
+    bits: float,
+    widths: Sequence[int],
+    name: str,
+    windows: Tensor,
+    device: str,
+    seed: int,
+) -> tuple[Recipe, float]:
+    """`recipe` with a width for every layer, so that their average is `bits` at most.
+
+    Returns:
+        also the KL divergence to the full model that is predicted, in nats per token.
+    """
+    units = scan(name, windows, recipe, device, seed)
+    found = allocation(units, bits, widths)
+    schemes = {n: dataclasses.replace(recipe.scheme, bits=b) for n, b in found.items()}
+    return dataclasses.replace(recipe, schemes=schemes), predicted(units, found)
 
 
 def scan(name: str, windows: Tensor, recipe: Recipe, device: str, seed: int) -> list[Sensitivity]:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, T5Config
 from zoo import save_tiny, tiny_tokenizer
 
-from llmq import api
+from llmq import pipeline
 
 
 def damaged(model: Path, folder: Path, change) -> Path:
@@ -91,7 +91,7 @@ def test_a_weight_that_is_not_finite_is_named_before_calibration(
     def never(*_: object) -> None:
         raise AssertionError("calibration has started")
 
-    monkeypatch.setattr(api, "run", never)
+    monkeypatch.setattr(pipeline, "quantize", never)
     folder = damaged(model, tmp_path / "model", change)
     line = refused(folder, "--calibration", text)
     assert f"{name}: 1 of 24576 values are NaN or infinite" in line
@@ -137,13 +137,13 @@ def test_a_disk_that_is_full(refused, model, text) -> None:
 
 
 def test_ctrl_c_leaves_nothing(run, model, text, tmp_path, monkeypatch) -> None:
-    whole = api.run
+    whole = pipeline.quantize
 
     def interrupted(*arguments):
         yield next(whole(*arguments))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(api, "run", interrupted)
+    monkeypatch.setattr(pipeline, "quantize", interrupted)
     status, _, stderr = run("quantize", model, tmp_path / "out", "--calibration", text, *QUICK)
     assert status == 130
     assert "Traceback" not in stderr

@@ -14,8 +14,9 @@ import pytest
 import torch
 from zoo import save_tiny, tiny_text
 
-from llmq import api
+from llmq import api, pipeline
 from llmq.errors import OutputError
+from llmq.hf.streaming import StoredModel
 from llmq.journal import Workplace, workplace
 from llmq.quantize import quantize as flow
 
@@ -110,7 +111,7 @@ def stop_after_a_block(monkeypatch: pytest.MonkeyPatch, error: BaseException) ->
                 raise error
             yield report
 
-    monkeypatch.setattr(api, "run", interrupted)
+    monkeypatch.setattr(pipeline, "quantize", interrupted)
 
 
 @pytest.fixture
@@ -128,8 +129,8 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_call_does(model, stopped, tmp_pat
     assert [p.name for p in tmp_path.iterdir()] == [".out.partial"]
     opened = []
     with pytest.MonkeyPatch.context() as patch:
-        block = api.StoredModel.block
-        patch.setattr(api.StoredModel, "block", lambda self, i: opened.append(i) or block(self, i))
+        block = StoredModel.block
+        patch.setattr(StoredModel, "block", lambda self, i: opened.append(i) or block(self, i))
         report = api.quantize(model, stopped, calibration=TEXT, **OPTIONS)
     assert opened == [0, 0, 1, 1]  # block 0 only to see how it is called
     assert len(report["layers"]) == 14

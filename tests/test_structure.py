@@ -41,7 +41,8 @@ LEVELS = [
     {"source", "plan", "verify", "card", "comparison", "convert"},
     {"gguf_file"},
     {"stream", "hub", "mixing", "inputs"},
-    {"api", "bench"},
+    {"pipeline", "bench"},
+    {"api"},
     {"showcase"},
     {"cli_share", "cli_plan", "cli_measure"},
     {"cli"},
@@ -72,6 +73,7 @@ MAY_IMPORT_HUGGING_FACE = {
     "decode",
     "generate",
     "inputs",
+    "pipeline",
     "showcase",
 }
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from zoo import save_tiny, tiny_text
 
-from llmq import api, gate, stream
+from llmq import api, gate, pipeline, stream
 from llmq.errors import (
     CalibrationError,
     FormatError,
@@ -96,7 +96,7 @@ def sharded(folder: Path) -> list[Path]:
 
 def interrupted(model: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> Workplace:
     """A run that was stopped after its first block."""
-    flow = api.run
+    flow = pipeline.quantize
 
     def stopping(*arguments: Any) -> Any:
         for count, report in enumerate(flow(*arguments)):
@@ -105,7 +105,7 @@ def interrupted(model: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> Work
             yield report
 
     with monkeypatch.context() as patch:
-        patch.setattr(api, "run", stopping)
+        patch.setattr(pipeline, "quantize", stopping)
         with pytest.raises(KeyboardInterrupt):
             api.quantize(model, out, calibration=TEXT, **OPTIONS)
     assert not out.exists()
@@ -179,7 +179,7 @@ def test_a_source_that_changes_between_two_runs(model, caught, tmp_path, monkeyp
 
 
 def test_a_source_that_changes_during_a_run(model, caught, monkeypatch):
-    flow = api.run
+    flow = pipeline.quantize
 
     def meanwhile(*arguments: Any) -> Any:
         for count, report in enumerate(flow(*arguments)):
@@ -188,7 +188,7 @@ def test_a_source_that_changes_during_a_run(model, caught, monkeypatch):
                 path.write_bytes(path.read_bytes())
             yield report
 
-    monkeypatch.setattr(api, "run", meanwhile)
+    monkeypatch.setattr(pipeline, "quantize", meanwhile)
     caught(model, FormatError, "has changed while")
 
 
