@@ -47,9 +47,7 @@ from llmq.quantize import (
 from llmq.report import (
     REPORT_FILE,
     add_evaluation,
-    bits_per_weight,
     expert_coverage,
-    inspect_checkpoint,
     layer_entry,
     peak_memory_bytes,
     read_report,
@@ -67,6 +65,7 @@ from llmq.source import (
     pick_device,
     source_headers,
 )
+from llmq.stored import bits_per_weight, inspect_checkpoint
 from llmq.stream import Streamed, stack_name
 from llmq.text import Source, describe
 from llmq.verify import check, fingerprint, seal
