@@ -35,8 +35,6 @@ from llmq.quantize import (
 from llmq.report import (
     REPORT_FILE,
     add_evaluation,
-    bits_per_weight,
-    inspect_checkpoint,
     peak_memory_bytes,
 )
 from llmq.scheme import QuantScheme
@@ -50,6 +48,7 @@ from llmq.source import (
     pick_device,
     source_headers,
 )
+from llmq.stored import bits_per_weight, inspect_checkpoint
 from llmq.text import Source
 
 _RTN_SAMPLES = 8  # rounding needs no text; these only measure the error that it made

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llmq.errors import BackendError
-from llmq.formats.compressed_tensors import unpack_bits
+from llmq.formats.bits import unpack_bits
 from llmq.scheme import QuantizedWeight, QuantScheme
 from llmq_kernels import layout, ops, selfcheck
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from llmq.gguf_metadata import ARCHITECTURES
 from llmq.page import WORST, plus_minus
 from llmq.plots import short
 
@@ -41,7 +42,7 @@ def model_card(
         f"## What was lost\n\n{_losses(measured)}",
         f"## How it was made\n\n{_recipe(report)}",
         f"## Worst layers\n\n{_worst(report.get('layers', []))}",
-        f"## How to load it\n\n{_loading(repo, bool(report['symmetric']))}",
+        f"## How to load it\n\n{_loading(repo, report)}",
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -162,7 +163,8 @@ def _worst(layers: Sequence[Mapping[str, Any]]) -> str:
     return f"{note}\n\n{_table(('layer', 'relative error'), finite)}"
 
 
-def _loading(repo: str, symmetric: bool) -> str:
+def _loading(repo: str, report: Mapping[str, Any]) -> str:
+    symmetric = bool(report["symmetric"])
     packed = (
         "```python\nimport llmq\n\n"
         f'model = llmq.load("{repo}", dtype="bfloat16")  # weights stay packed\n```'
@@ -180,7 +182,22 @@ def _loading(repo: str, symmetric: bool) -> str:
         "This checkpoint has not been run there by the program that wrote this card."
     )
     more = "`quantization_report.json` has every number of the run."
-    return "\n\n".join([packed, stock, served, more])
+    return "\n\n".join([packed, stock, served, _llama_cpp(repo, report), more])
+
+
+def _llama_cpp(repo: str, report: Mapping[str, Any]) -> str:
+    """How llama.cpp runs it, if llmq can write it as GGUF."""
+    widths = {report["bits"], *(layer.get("bits") for layer in report.get("layers", []))}
+    if report.get("model_type") not in ARCHITECTURES:
+        return f"llama.cpp: llmq writes GGUF for {', '.join(ARCHITECTURES)} only."
+    if 8 in widths and not report["symmetric"]:
+        return "llama.cpp: no block of GGUF holds 8 bits with zero points."
+    return (
+        "llama.cpp, after a conversion that leaves all codes as they are "
+        "(`pip install 'llmq-quant[gguf]'`):\n\n"
+        f"```sh\nllmq convert {repo} gguf --format gguf --embeddings q8_0\n"
+        'llama-cli -m gguf/model.gguf -p "Once upon a time"\n```'
+    )
 
 
 def _table(heads: tuple[str, str], rows: Sequence[tuple[str, str]]) -> str:

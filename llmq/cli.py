@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -42,15 +41,6 @@ class Method(str, Enum):
     gptq = "gptq"
     awq = "awq"
     awq_gptq = "awq+gptq"
-
-
-class Format(str, Enum):
-    """Layouts on disk."""
-
-    compressed_tensors = "compressed-tensors"
-    gptq = "gptq"
-    awq = "awq"
-    gguf = "gguf"
 
 
 class Activations(str, Enum):
@@ -236,33 +226,6 @@ def generate(
     )
 
 
-def convert(
-    src: Annotated[str, typer.Argument(metavar="IN", help="Quantized: folder or Hub name.")],
-    out: Annotated[Path, typer.Argument(help="Folder to create.")],
-    format: Annotated[Format, typer.Option(help="Layout of the result, see above.")],
-    as_json: AsJson = False,
-) -> None:
-    console = start(as_json)
-    from llmq.convert import convert as rewrite
-    from llmq.gguf_file import write_gguf
-
-    if format is Format.gguf:
-        done = write_gguf(src, out, progress=True)
-    else:
-        done = rewrite(src, out, format.value, progress=True)
-    lost = "nothing was lost."
-    if done.rounded_scales:
-        lost = f"{done.rounded_scales} scales rounded, by {done.largest_change:.1e} at most."
-    console.print(
-        f"{out}: {done.modules} matrices, {done.source} to {done.target}; {lost}",
-        *(f"Note: {note}." for note in done.notes),
-        sep="\n",
-        highlight=False,
-        soft_wrap=True,
-    )
-    finish(asdict(done), as_json)
-
-
 def demo(
     out: Annotated[
         Path | None, typer.Option(help="Keep the checkpoints here. (default: a temporary folder)")
@@ -299,7 +262,7 @@ for _command, _help in (
     (cli_measure.inspect, cli_help.INSPECT),
     (cli_measure.bench, cli_help.BENCH),
     (cli_measure.verify, cli_help.VERIFY),
-    (convert, cli_help.CONVERT),
+    (cli_share.convert, cli_help.CONVERT),
     (demo, cli_help.DEMO),
     (cli_share.push, cli_help.PUSH),
     (cli_share.compare, cli_help.COMPARE),

@@ -104,8 +104,9 @@ GENERATE = (
 
 INSPECT = (
     "Show every layer of a checkpoint: number format, shape, size, error.\n\n"
-    "Only headers are read. The error is that of the layer's output on the calibration text, "
-    "relative to the output, from the report that llmq quantize left in the folder.\n\n"
+    "Also of GPTQ and AWQ checkpoints. Only headers are read. The error is that of the layer's "
+    "output on the calibration text, relative to the output, from the report that llmq quantize "
+    "left in the folder.\n\n"
     "[bold]Example[/bold]\n\n"
     "llmq inspect ./model-4bit"
 )
@@ -136,8 +137,12 @@ CONVERT = (
     "older loaders; symmetric, or version 2. awq: 4 bits, also asymmetric. gguf: one file for "
     "llama.cpp, for llama, mistral, qwen2 and qwen3; blocks are made from the codes, exactly for "
     "symmetric ones.\n\n"
-    "[bold]Example[/bold]\n\n"
-    "llmq convert ./model-4bit ./model-awq --format awq"
+    "[bold]Smaller GGUF[/bold] --embeddings q8_0 (or q6_k) rounds embeddings and head to nearest. "
+    "--k-quants stores 2 bits in Q2_K, symmetric 3 in Q3_K, asymmetric 4 in Q4_K: codes stay, "
+    "scales are rounded, and how far the weights move is printed.\n\n"
+    "[bold]Examples[/bold]\n\n"
+    "llmq convert ./model-4bit ./model-awq --format awq\n\n"
+    "llmq convert ./model-3bit ./model-gguf --format gguf --k-quants --embeddings q8_0"
 )
 
 DEMO = (

@@ -123,7 +123,8 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     console = start(as_json)
-    from llmq.report import bits_per_weight, inspect_checkpoint, size, table
+    from llmq.report import size, table
+    from llmq.stored import bits_per_weight, inspect_checkpoint
 
     layers = inspect_checkpoint(model)
     rows = [

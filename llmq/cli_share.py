@@ -1,7 +1,9 @@
-"""What is done with a finished checkpoint: `llmq push`, `llmq compare`, `llmq correct`."""
+"""What is done with a finished checkpoint: `llmq convert`, `push`, `compare`, `correct`."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +11,60 @@ import typer
 
 from llmq import cli_help
 from llmq.cli_common import AsJson, finish, start
+from llmq.errors import SchemeError
+
+
+class Format(str, Enum):
+    """Layouts on disk."""
+
+    compressed_tensors = "compressed-tensors"
+    gptq = "gptq"
+    awq = "awq"
+    gguf = "gguf"
+
+
+class Embeddings(str, Enum):
+    """How GGUF stores embeddings."""
+
+    f16 = "f16"
+    q8_0 = "q8_0"
+    q6_k = "q6_k"
+
+
+def convert(
+    src: Annotated[str, typer.Argument(metavar="IN", help="Quantized: folder or Hub name.")],
+    out: Annotated[Path, typer.Argument(help="Folder to create.")],
+    format: Annotated[Format, typer.Option(help="Layout of the result, see above.")],
+    embeddings: Annotated[
+        Embeddings | None, typer.Option(help="gguf: type of embeddings and head. (default: f16)")
+    ] = None,
+    k_quants: Annotated[
+        bool, typer.Option("--k-quants", help="gguf: smaller blocks with rounded scales.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    console = start(as_json)
+    from llmq.convert import convert as rewrite
+    from llmq.gguf_file import write_gguf
+
+    if format is Format.gguf:
+        kind = embeddings.value if embeddings else "f16"
+        done = write_gguf(src, out, embeddings=kind, k_quants=k_quants, progress=True)
+    elif embeddings or k_quants:
+        raise SchemeError("--embeddings and --k-quants: for --format gguf only.")
+    else:
+        done = rewrite(src, out, format.value, progress=True)
+    lost = "codes are as they were." if format is Format.gguf else "nothing was lost."
+    if done.rounded_scales:
+        lost = f"{done.rounded_scales} scales rounded, by {done.largest_change:.1e} at most."
+    console.print(
+        f"{out}: {done.modules} matrices, {done.source} to {done.target}; {lost}",
+        *(f"Note: {note}." for note in done.notes),
+        sep="\n",
+        highlight=False,
+        soft_wrap=True,
+    )
+    finish(asdict(done), as_json)
 
 
 def push(

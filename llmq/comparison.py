@@ -9,7 +9,8 @@ from typing import Any
 from llmq.errors import SourceError
 from llmq.output import writing
 from llmq.page import compare_page
-from llmq.report import bits_per_weight, inspect_checkpoint, read_report
+from llmq.report import read_report
+from llmq.stored import bits_per_weight, inspect_checkpoint
 
 _MEASURES = ("kl", "kl_stderr", "top1", "perplexity", "perplexity_stderr")
 

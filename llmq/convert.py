@@ -1,7 +1,7 @@
 """Rewrite a quantized checkpoint in another layout: the same codes, packed differently.
 
-Modules are read, converted and written one at a time; a file is flushed when it is full, so that
-memory stays near the size of one file and one matrix.
+Modules are read, converted and written one at a time, and then put together: memory stays near the
+size of one matrix, and the result takes its size twice on disk while it is made.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from llmq import shards
 from llmq.errors import FormatError, SchemeError, SourceError
 from llmq.formats import awq, columns, compressed_tensors, gptq
 from llmq.formats.layouts import Layout, TensorFiles, layout_of, resolved
-from llmq.hf.saving import COMPANIONS, original_folder
+from llmq.hf.saving import COMPANIONS, assemble, original_folder
 from llmq.output import staged_folder, writing
 from llmq.progress import progress_bar
 from llmq.report import REPORT_FILE
 from llmq.scheme import QuantizedWeight, QuantScheme
-from llmq.shards import INDEX, weight_files
+from llmq.shards import weight_files
 
 TARGETS = (compressed_tensors.METHOD, gptq.METHOD, awq.METHOD)
 
@@ -142,18 +142,18 @@ def convert(
         write = _writer(opened, format)
         lost: list[tuple[int, float]] = []
         with writing(out):
-            shards = _Shards(folder, max_shard_bytes)
+            parts = _Parts(folder / "parts")
             for key in opened.dense():
-                shards.add(key, opened.tensors[key])
+                parts.add({key: opened.tensors[key]})
             with progress_bar("Converting", len(opened.schemes), show=progress) as advance:
                 for done, name in enumerate(opened.schemes, 1):
                     q = opened.read(name)
                     if format != compressed_tensors.METHOD:
                         lost.append(columns.lossy_scales(q))
-                    for key, tensor in write(name, q).items():
-                        shards.add(key, tensor)
+                    parts.add(write(name, q))
                     advance(done)
-            shards.close()
+            assemble(parts.found, folder, max_shard_bytes)
+            shutil.rmtree(parts.folder)
             _write_companions(opened, folder, config)
         return Conversion(
             opened.layout.method,
@@ -163,6 +163,20 @@ def convert(
             max((change for _, change in lost), default=0.0),
             tuple(_notes(opened, format)),
         )
+
+
+class _Parts:
+    """Files with one module each, and where their tensors lie."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.found: dict[str, shards.Entry] = {}
+        folder.mkdir()
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        path = self.folder / f"{len(self.found)}.safetensors"
+        shards.write(path, tensors)
+        self.found |= shards.entries(path)
 
 
 def _writer(opened: Opened, target: str) -> Callable[[str, QuantizedWeight], dict[str, Tensor]]:
@@ -273,42 +287,3 @@ def _write_companions(opened: Opened, folder: Path, config: Mapping[str, Any]) -
     for name, content in files.items():
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         (folder / name).write_text(text, encoding="utf-8")
-
-
-class _Shards:
-    """Safetensors files of at most `limit` bytes, named when their number is known."""
-
-    def __init__(self, folder: Path, limit: int) -> None:
-        self.folder = folder
-        self.limit = limit
-        self.waiting: dict[str, Tensor] = {}
-        self.written: list[list[str]] = []
-        self.total = self.size = 0
-
-    def add(self, key: str, tensor: Tensor) -> None:
-        if self.waiting and self.size + tensor.nbytes > self.limit:
-            self._flush()
-        self.waiting[key] = tensor.contiguous()
-        self.size += tensor.nbytes
-
-    def close(self) -> None:
-        """Write what is left, give the files their names, write the index if there are several."""
-        self._flush()
-        count = len(self.written)
-        index: dict[str, str] = {}
-        for number, keys in enumerate(self.written, 1):
-            name = f"model-{number:05}-of-{count:05}.safetensors"
-            name = name if count > 1 else "model.safetensors"
-            (self.folder / f"part-{number}").rename(self.folder / name)
-            index.update(dict.fromkeys(keys, name))
-        if count > 1:
-            content = {"metadata": {"total_size": self.total}, "weight_map": index}
-            path = self.folder / INDEX
-            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-    def _flush(self) -> None:
-        self.written.append(list(self.waiting))
-        path = self.folder / f"part-{len(self.written)}"
-        save_file(self.waiting, path, metadata={"format": "pt"})
-        self.total += self.size
-        self.waiting, self.size = {}, 0

@@ -28,7 +28,8 @@ from llmq import verify
 from llmq.card import MARK, model_card
 from llmq.errors import FormatError, HubError, SourceError
 from llmq.output import writing
-from llmq.report import REPORT_FILE, inspect_checkpoint, read_report
+from llmq.report import REPORT_FILE, read_report
+from llmq.stored import inspect_checkpoint
 
 CARD_FILE = "README.md"
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from llmq import plan
 from llmq.errors import SchemeError
 from llmq.quantize import Recipe, check_groups, quantizable
-from llmq.report import Header
 from llmq.scheme import BITS
 from llmq.sensitivity import Sensitivity, allocation, predicted, sensitivities
 from llmq.source import open_model
+from llmq.stored import Header
 
 WINDOWS = 32  # of calibration text, spread over all of it
 SLACK = 8192  # bytes for headers that mixed widths make a little longer

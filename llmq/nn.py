@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from llmq import backends
 from llmq.errors import SchemeError
 from llmq.formats import compressed_tensors
-from llmq.formats.compressed_tensors import words
+from llmq.formats.bits import words
 from llmq.scheme import QuantizedWeight, QuantScheme, grouped, minmax_grid, round_to_grid
 from llmq_kernels.layout import PackedWeight
 

@@ -37,10 +37,11 @@ def origin(src: str, config: Any) -> dict[str, Any]:
         config: its config, as transformers loaded it.
 
     Returns:
-        source; for a model of the Hub also base_model and base_revision (its commit); card: those
-        of CARRIED_OVER that the original's own card states.
+        source; model_type; for a model of the Hub also base_model and base_revision (its commit);
+        card: those of CARRIED_OVER that the original's own card states.
     """
     found: dict[str, Any] = {"source": public_name(src), "card": card_fields(src)}
+    found["model_type"] = config.model_type
     if not Path(src).is_dir():
         found["base_model"] = src
         if revision := getattr(config, "_commit_hash", None):

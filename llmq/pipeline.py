@@ -21,13 +21,12 @@ from llmq.output import enough_memory, writing
 from llmq.progress import progress_bar
 from llmq.quantize import LayerReport, Recipe, check_experts, check_groups, quantizable, quantize
 from llmq.report import (
-    bits_per_weight,
     expert_coverage,
-    inspect_checkpoint,
     layer_entry,
     read_report,
     write_report,
 )
+from llmq.stored import bits_per_weight, inspect_checkpoint
 from llmq.stream import Streamed, stack_name
 from llmq.verify import check, seal
 

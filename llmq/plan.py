@@ -21,9 +21,9 @@ from transformers import PreTrainedModel
 from llmq.hf.outline import outline, pack_outline, stored_bytes
 from llmq.nn import STACKS, packed_modules
 from llmq.quantize import Recipe, check_experts, quantizable
-from llmq.report import Header
 from llmq.scheme import QuantScheme
 from llmq.shards import DTYPES
+from llmq.stored import Header
 
 GROUPS = (128, 64, 32)
 
@@ -234,7 +234,7 @@ def make(
     Args:
         source: name to show.
         config: configuration of the model, of transformers.
-        headers: what the checkpoint's files hold, see `report.tensor_headers`.
+        headers: what the checkpoint's files hold, see `stored.tensor_headers`.
         recipe: what shall be done.
         ranks: numbers of GPUs that shall share the result by tensor parallelism.
         out: where it shall be written.

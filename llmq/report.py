@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import struct
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,36 +19,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from llmq.quantize import LayerReport
-    from llmq.scheme import QuantScheme
     from llmq.sensitivity import Sensitivity
 
 REPORT_FILE = "quantization_report.json"
 PAGE_FILE = "quantization_report.html"
-_PARTS = ("_packed", "_scale", "_zero_point", "_shape")
-_INTEGERS = {"I64": "q", "I32": "i"}
-_HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors format
-
-
-@dataclass(frozen=True)
-class StoredLayer:
-    """One module of a checkpoint on disk, or all that is not quantized.
-
-    Attributes:
-        name: the module's name, or "(n others)".
-        scheme: "int4 g64 asymmetric", or the dtypes of what is not quantized.
-        shape: (N, K), (E, N, K) for a stack of experts, or None for several modules.
-        weights: how many weights.
-        bytes: what they take on disk, scales and zero points included.
-        error: relative output error on the calibration text, if a report lies beside it.
-    """
-
-    name: str
-    scheme: str
-    shape: tuple[int, ...] | None
-    weights: int
-    bytes: int
-    error: float | None = None
-    quantized: bool = True
 
 
 def expert_coverage(layers: Sequence[LayerReport]) -> list[dict[str, Any]]:
@@ -117,55 +90,7 @@ def add_evaluation(folder: Path, measured: Mapping[str, Any]) -> None:
 
 def read_report(folder: Path) -> dict[str, Any] | None:
     """The report beside a checkpoint; None if there is none."""
-    return _read_json(folder / REPORT_FILE) if (folder / REPORT_FILE).is_file() else None
-
-
-def inspect_checkpoint(folder: Path) -> list[StoredLayer]:
-    """The modules of a checkpoint folder, from its headers only: no weight is read.
-
-    Raises:
-        SourceError: not a folder with config.json and safetensors files.
-        FormatError: a file that is not what it claims to be.
-    """
-    from llmq.formats.compressed_tensors import parse_config
-
-    headers = tensor_headers(folder)
-    config = _read_json(folder / "config.json").get("quantization_config")
-    schemes = parse_config(config) if config else None
-    report = read_report(folder) or {}
-    errors = {_error_key(layer["name"]): layer["error"] for layer in report.get("layers", [])}
-    rows: list[StoredLayer] = []
-    others = dict(headers)
-    for key in sorted(headers, key=_natural):
-        prefix = key.removesuffix("_packed")  # "...q_proj.weight", or "...experts.down_proj"
-        name = prefix.removesuffix(".weight")
-        scheme = schemes.scheme_for(name) if schemes and key != prefix else None
-        if scheme is None:
-            continue
-        parts = [others.pop(prefix + part).nbytes for part in _PARTS if prefix + part in others]
-        if f"{prefix}_shape" not in headers:
-            raise FormatError(f"{folder}: {prefix}_shape is missing: the checkpoint is damaged.")
-        counts = headers[f"{prefix}_shape"].value
-        shape = (*headers[key].shape[:-2], *counts[:2])  # (N, K) or (E, N, K)
-        experts = range(shape[0]) if len(shape) == 3 else [None]
-        found = [errors[k] for e in experts if (k := _error_key(name, e)) in errors]
-        error = sum(found) / len(found) if found else None
-        label = _describe(scheme)
-        rows.append(StoredLayer(name, label, shape, math.prod(shape), sum(parts), error))
-    if others:
-        dtypes = ", ".join(sorted({tensor.dtype for tensor in others.values()}))
-        weights = sum(math.prod(tensor.shape) for tensor in others.values())
-        taken = sum(tensor.nbytes for tensor in others.values())
-        rows.append(
-            StoredLayer(f"({len(others)} others)", dtypes, None, weights, taken, quantized=False)
-        )
-    return rows
-
-
-def bits_per_weight(layers: Sequence[StoredLayer]) -> float:
-    """Stored bits per quantized weight; of all weights if none is quantized."""
-    chosen = [layer for layer in layers if layer.quantized] or layers
-    return 8 * sum(layer.bytes for layer in chosen) / sum(layer.weights for layer in chosen)
+    return read_json(folder / REPORT_FILE) if (folder / REPORT_FILE).is_file() else None
 
 
 def peak_memory_bytes(device: str) -> int:
@@ -250,75 +175,13 @@ def sensitivity_table(units: Sequence[Sensitivity], widths: Mapping[str, int]) -
     return table("", ["layers", *heads, "4-bit KL per weight", "bits"], rows)
 
 
-def _describe(scheme: QuantScheme) -> str:
-    group = "row" if scheme.group_size == -1 else f"g{scheme.group_size}"
-    return f"int{scheme.bits} {group} {'symmetric' if scheme.symmetric else 'asymmetric'}"
-
-
-def _error_key(name: str, expert: int | None = None) -> tuple[str, ...]:
-    """What a matrix has in common in the report and on disk.
-
-    The report knows the experts of a stack by number; on disk they may lie one by one under
-    other names, gate and up apart (gate_proj and up_proj, or w1 and w3; w2 is down).
-    """
-    if ".experts." not in name:
-        return (name,)
-    numbers = [part for part in name.split(".") if part.isdigit()]
-    numbers += [] if expert is None else [str(expert)]
-    return (*numbers, "down" if name.endswith(("down_proj", "w2")) else "gate_up")
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a safetensors file says of one tensor; `value` only of a packed matrix's shape."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-    value: tuple[int, ...] = ()
-
-
-def tensor_headers(folder: Path) -> dict[str, Header]:
-    """Dtype and shape of every tensor in a folder of safetensors; no weight is read.
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file.
 
     Raises:
-        SourceError: not a folder with config.json and safetensors files.
-        FormatError: a file that is not what it claims to be.
+        FormatError: it is none.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files or not (folder / "config.json").is_file():
-        raise SourceError(f"{folder}: not a folder with config.json and *.safetensors.")
-    tensors = {}
-    for file in files:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if length > _HEADER_LIMIT:
-                raise FormatError(f"{file}: not a safetensors file.")
-            try:
-                header = json.loads(stream.read(length))
-            except ValueError as error:
-                raise FormatError(f"{file}: not a safetensors file.") from error
-            header.pop("__metadata__", None)
-            for name, entry in header.items():
-                start, stop = entry["data_offsets"]
-                value: tuple[int, ...] = ()
-                if name.endswith("_shape") and entry["dtype"] in _INTEGERS:
-                    stream.seek(8 + length + start)
-                    count = (stop - start) // struct.calcsize(_INTEGERS[entry["dtype"]])
-                    code = f"<{count}{_INTEGERS[entry['dtype']]}"
-                    value = struct.unpack(code, stream.read(stop - start))
-                shape = tuple(entry["shape"])
-                tensors[name] = Header(entry["dtype"], shape, stop - start, value)
-    return tensors
-
-
-def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise FormatError(f"{path}: not JSON: {error}.") from error
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sort key that puts layers.2 before layers.10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

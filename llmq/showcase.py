@@ -14,8 +14,9 @@ from llmq import api, demo
 from llmq.errors import SourceError
 from llmq.evaluate import Evaluation
 from llmq.generate import generate
-from llmq.report import inspect_checkpoint, size, table, with_error
+from llmq.report import size, table, with_error
 from llmq.source import open_model, open_tokenizer
+from llmq.stored import inspect_checkpoint
 
 if TYPE_CHECKING:
     from rich.table import Table

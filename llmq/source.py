@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from llmq import hf
 from llmq.errors import BackendError, NonFiniteError, SourceError
 from llmq.fuse import fuse_on_gpu
-from llmq.report import Header, tensor_headers
+from llmq.stored import Header, tensor_headers
 
 _CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 

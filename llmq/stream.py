@@ -125,7 +125,6 @@ class Streamed:
             the SHA-256 of its shards, and what the gate says.
         """
         source, work = self._source, self._work
-        digests: dict[str, str] = {}
         assert self._gate
         verdict = self._gate.verdict(self._judged)
         with writing(work.out):
@@ -140,12 +139,7 @@ class Streamed:
             pack_outline(source.model, self._schemes())
             expected = checkpoint_tensors(source.model, source.keys)
             _compare(expected, found)
-            split = saving.shards(expected)
-            for name, keys in split.filename_to_tensors.items():
-                tensors = {key: found[key] for key in keys}
-                digests[name] = shards.combine(tensors, work.result / name)
-            if split.is_sharded:
-                (work.result / shards.INDEX).write_text(saving.shard_index(split))
+            digests = saving.assemble({key: found[key] for key in expected}, work.result)
             write_companions(source.model, work.result, source.folder)
         return digests, verdict
 

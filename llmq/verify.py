@@ -21,7 +21,8 @@ from torch import Tensor
 from llmq import shards
 from llmq.errors import FormatError, IntegrityError, SourceError
 from llmq.journal import LOG
-from llmq.report import PAGE_FILE, REPORT_FILE, inspect_checkpoint
+from llmq.report import PAGE_FILE, REPORT_FILE
+from llmq.stored import inspect_checkpoint
 
 CHECKSUMS = "checksums.sha256"
 _ROWS = 1 << 22  # codes that are unpacked at once

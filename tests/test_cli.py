@@ -17,7 +17,7 @@ from zoo import save_tiny
 
 import llmq
 from llmq import demo, showcase
-from llmq.report import inspect_checkpoint
+from llmq.stored import inspect_checkpoint
 
 
 def test_quantize_eval_inspect_generate(run, model: Path, text: Path, tmp_path: Path) -> None:

@@ -26,13 +26,16 @@ from llmq.nn import PackedExperts, PackedLinear, packed_modules
 from llmq.quantize import Recipe, quantize
 from llmq.scheme import QuantScheme
 from llmq.solvers.rtn import RTN
+from llmq.stored import inspect_checkpoint
 
 SYMMETRIC = QuantScheme(4, 32, True)
 ASYMMETRIC = QuantScheme(4, 32, False)
 
 
-def checkpoint(root: Path, name: str, scheme: QuantScheme, **recipe) -> Path:
-    source = zoo.save_tiny(name, root / "source", torch.bfloat16)
+def checkpoint(
+    root: Path, name: str, scheme: QuantScheme, changes: dict[str, Any] | None = None, **recipe
+) -> Path:
+    source = zoo.save_tiny(name, root / "source", torch.bfloat16, **(changes or {}))
     model = AutoModelForCausalLM.from_pretrained(source)
     list(quantize(model, [zoo.tiny_ids()], Recipe(scheme, RTN(), **recipe)))
     return hf.save(model, root / "packed", source=source)
@@ -187,6 +190,25 @@ def test_several_files(tmp_path):
     convert(tmp_path / "awq", tmp_path / "back", "compressed-tensors")
     assert not list((tmp_path / "back").glob("*.index.json"))
     assert torch.equal(logits(tmp_path / "back"), logits(packed))
+
+
+@pytest.mark.parametrize("target", ["gptq", "awq"])
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_inspect_knows_other_layouts(name, target, tmp_path, run):
+    packed = checkpoint(tmp_path, name, SYMMETRIC, skip=("layers.0.self_attn.k_proj",))
+    folder = tmp_path / target
+    convert(packed, folder, target)
+    ours, theirs = ({r.name: r for r in inspect_checkpoint(f)} for f in (packed, folder))
+    assert {n: r.shape for n, r in ours.items()} == {n: r.shape for n, r in theirs.items()}
+    stored = sum(tensor.nbytes for tensor in tensors(folder).values())
+    assert sum(row.bytes for row in theirs.values()) == stored
+    row = theirs["model.layers.1.self_attn.q_proj"]
+    # AWQ's layout has zero points in any case.
+    assert row.scheme == f"int4 g32 {'symmetric' if target == 'gptq' else 'asymmetric'}"
+    assert row.bytes == 128 * 128 // 2 + 128 * 4 * (2 + 0.5) + (128 * 4 if target == "gptq" else 0)
+    status, out, _ = run("inspect", folder, "--json")
+    assert status == 0
+    assert "model.layers.1.self_attn.q_proj" in out
 
 
 def test_lost_scales_are_counted(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shlex
 from pathlib import Path
@@ -73,11 +74,23 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert f"({page.name})" in (DOCS / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_page_of_options_is_current() -> None:
-    spec = importlib.util.spec_from_file_location("make_cli", DOCS / "make_cli.py")
+def script(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_of_engines_is_what_was_measured() -> None:
+    module = script(DOCS.parent / "benchmarks" / "engine_table.py")
+    rows = json.loads(module.RESULTS.read_text(encoding="utf-8"))["rows"]
+    readme = module.README.read_text(encoding="utf-8")
+    assert readme == module.with_table(readme, rows), "run: python benchmarks/engine_table.py"
+
+
+def test_the_page_of_options_is_current() -> None:
+    module = script(DOCS / "make_cli.py")
     current = (DOCS / "cli.md").read_text(encoding="utf-8")
     assert current == module.page(), "run: python docs/make_cli.py"

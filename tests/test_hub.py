@@ -89,6 +89,7 @@ def test_a_push_holds_every_file_and_a_card_of_measured_numbers(checkpoint, serv
     worst = max(report["layers"], key=lambda layer: layer["error"])
     assert f"`{worst['name']}`" in text
     assert 'llmq.load("me/tiny"' in text
+    assert "llmq convert me/tiny gguf --format gguf" in text
     assert "not measured" not in text
     for data in files.values():  # nothing of this machine is published
         assert str(checkpoint.parent).encode() not in data
@@ -99,6 +100,10 @@ def test_what_was_not_measured_is_said_to_be_so(checkpoint) -> None:
     del report["evaluations"]
     card: Any = ModelCard(model_card(report, "me/tiny"))
     assert card.text.count("not measured") == 3
+    assert "llmq convert" in card.text
+    assert "writes GGUF for llama" in model_card({**report, "model_type": "gemma2"}, "me/tiny")
+    other = {**report, "bits": 8, "symmetric": False}
+    assert "no block of GGUF holds 8 bits" in model_card(other, "me/tiny")
     assert card.data.eval_results is None
     assert card.data.base_model is None
     assert report["source"] == "original"  # a folder's own name, no path

@@ -20,7 +20,7 @@ import llmq
 from llmq import comparison, plots
 from llmq.errors import OutputError, SourceError
 from llmq.page import block_of, compare_page, kind_of, plus_minus, report_page, stored_bits
-from llmq.report import bits_per_weight, inspect_checkpoint
+from llmq.stored import bits_per_weight, inspect_checkpoint
 
 VOID = {"meta"}
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -15,9 +15,9 @@ from llmq.errors import SchemeError, SourceError
 from llmq.hf.outline import outline, stored_bytes
 from llmq.hf.saving import save
 from llmq.quantize import Recipe, quantizable
-from llmq.report import Header, tensor_headers
 from llmq.scheme import QuantScheme
 from llmq.solvers.rtn import RTN
+from llmq.stored import Header, tensor_headers
 
 
 def written(folder: Path) -> int:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llmq import report
+from llmq import report, stored
 from llmq.errors import FormatError, OutputError, SourceError
 from llmq.formats import compressed_tensors
 from llmq.output import staged_folder, writing
@@ -41,7 +41,7 @@ def test_inspect_tells_every_layer_from_headers(tmp_path: Path, scheme: QuantSch
     write_checkpoint(tmp_path, scheme)
     layers = [{"name": "model.layers.2.fc", "error": 0.25}]
     report.write_report(tmp_path, {"layers": layers})
-    second, tenth, others = report.inspect_checkpoint(tmp_path)
+    second, tenth, others = stored.inspect_checkpoint(tmp_path)
     assert (second.name, tenth.name) == ("model.layers.2.fc", "model.layers.10.fc")
     assert second.shape == (32, 128)
     assert (second.error, tenth.error) == (0.25, None)
@@ -51,27 +51,27 @@ def test_inspect_tells_every_layer_from_headers(tmp_path: Path, scheme: QuantSch
     assert (others.weights, others.bytes, others.quantized) == (80, 160, False)
     shape_entry = 16 * 8 / (32 * 128)  # weight_shape: two int64
     bits = scheme.bits_per_weight(128) + shape_entry
-    assert report.bits_per_weight([second, tenth, others]) == pytest.approx(bits)
+    assert stored.bits_per_weight([second, tenth, others]) == pytest.approx(bits)
 
 
 def test_bits_of_a_model_that_is_not_quantized(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(4, 4, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
-    assert report.bits_per_weight(report.inspect_checkpoint(tmp_path)) == 16
+    assert stored.bits_per_weight(stored.inspect_checkpoint(tmp_path)) == 16
 
 
 def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="not a folder with config"):
-        report.inspect_checkpoint(tmp_path)
+        stored.inspect_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     for damaged in (b"\xff" * 100, b"\x10" + b"\0" * 7 + b"x" * 20):
         (tmp_path / "model.safetensors").write_bytes(damaged)
         with pytest.raises(FormatError, match="not a safetensors file"):
-            report.inspect_checkpoint(tmp_path)
+            stored.inspect_checkpoint(tmp_path)
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(FormatError, match="not JSON"):
-        report.inspect_checkpoint(tmp_path)
+        stored.inspect_checkpoint(tmp_path)
 
 
 def test_a_layer_report_is_spelt_out() -> None:

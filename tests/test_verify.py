@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from llmq import shards
 from llmq.errors import FormatError, NonFiniteError, SourceError
-from llmq.formats.compressed_tensors import pack_bits
+from llmq.formats.bits import pack_bits
 from llmq.progress import remaining
 from llmq.verify import CHECKSUMS, check, seal, unpack
 

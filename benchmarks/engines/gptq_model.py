@@ -1,7 +1,7 @@
 """Greedy tokens and log-probabilities from GPTQModel.
 
-Run by compare_engines.py with the folder of a checkpoint, a JSON file with prompts (lists of
-token ids) and the number of tokens to add. Prints one JSON line.
+Run by compare_engines.py with a JSON file of jobs (a folder, and prompts as lists of token ids) and
+the number of tokens to add. Prints one JSON line per job.
 """
 
 import importlib.metadata
@@ -12,17 +12,20 @@ from pathlib import Path
 import torch
 from gptqmodel import BACKEND, GPTQModel
 
-folder, prompts, count = sys.argv[1], json.loads(Path(sys.argv[2]).read_text()), int(sys.argv[3])
-model = GPTQModel.load(folder, device="cpu", backend=BACKEND.TORCH, dtype=torch.float16)
-found = []
-with torch.no_grad():
-    for prompt in prompts:
-        ids, logprobs = list(prompt), []
-        for _ in range(count):
-            scores = model.model(torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)
-            logprob, token = scores.max(-1)
-            ids.append(int(token))
-            logprobs.append(float(logprob))
-        found.append({"tokens": ids[len(prompt) :], "logprobs": logprobs})
-version = f"gptqmodel {importlib.metadata.version('gptqmodel')}"
-print(json.dumps({"version": version, "answers": found}))
+
+@torch.no_grad()
+def answer(model, prompt, count):
+    ids, logprobs = list(prompt), []
+    for _ in range(count):
+        scores = model(torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)
+        logprob, token = scores.max(-1)
+        ids.append(int(token))
+        logprobs.append(float(logprob))
+    return {"tokens": ids[len(prompt) :], "logprobs": logprobs}
+
+
+version = f"GPTQModel {importlib.metadata.version('gptqmodel')}, fp16"
+for job in json.loads(Path(sys.argv[1]).read_text()):
+    loaded = GPTQModel.load(job["folder"], device="cpu", backend=BACKEND.TORCH, dtype=torch.float16)
+    found = [answer(loaded.model, prompt, int(sys.argv[2])) for prompt in job["prompts"]]
+    print(json.dumps({"version": version, "answers": found}), flush=True)

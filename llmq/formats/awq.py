@@ -19,7 +19,8 @@ from torch import Tensor
 
 from llmq.errors import FormatError, SchemeError
 from llmq.formats import columns
-from llmq.formats.compressed_tensors import CheckpointConfig, pack_bits, unpack_bits
+from llmq.formats.bits import pack_bits, unpack_bits
+from llmq.formats.compressed_tensors import CheckpointConfig
 from llmq.scheme import QuantizedWeight, QuantScheme
 
 METHOD = "awq"

@@ -8,23 +8,38 @@
 
 A group of 64, 128 or a row repeats its scale. Q4_0 holds 2, 3 and symmetric 4 bits exactly, Q8_0
 symmetric 8 bits; Q4_1 holds asymmetric 4 bits up to the rounding of m = -zero * d to fp16.
-Layouts: ggml-common.h of llama.cpp.
+Smaller blocks, whose scales are rounded, are in `kquants`. Layouts: ggml-common.h of llama.cpp.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from llmq.formats import kquants
 from llmq.formats.columns import half_scales
 from llmq.scheme import QuantizedWeight, QuantScheme
 
-WIDTH = 32  # weights per block
-BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}  # per block
-BlockType = Literal["Q4_0", "Q4_1", "Q8_0"]
+WIDTH = 32  # weights per plain block
+BlockType = Literal["Q4_0", "Q4_1", "Q8_0"] | kquants.Kind
+# type -> (weights, bytes) of a block
+BLOCKS: dict[BlockType, tuple[int, int]] = {
+    "Q4_0": (WIDTH, 18),
+    "Q4_1": (WIDTH, 20),
+    "Q8_0": (WIDTH, 34),
+    **{kind: (kquants.WIDTH, size) for kind, size in kquants.BYTES.items()},
+}
+# (bits, symmetric) -> what is smaller than the plain block that holds it
+_SMALLER: dict[tuple[int, bool], kquants.Kind] = {
+    (2, True): "Q2_K",
+    (2, False): "Q2_K",
+    (3, True): "Q3_K",
+    (4, False): "Q4_K",
+}
 
 
 def why_not(scheme: QuantScheme, N: int, K: int) -> str | None:
@@ -36,20 +51,38 @@ def why_not(scheme: QuantScheme, N: int, K: int) -> str | None:
     return None
 
 
-def block_type(scheme: QuantScheme) -> BlockType:
-    """The smallest block that holds `scheme`."""
+def block_type(scheme: QuantScheme, K: int, k_quants: bool = False) -> BlockType:
+    """The smallest plain block that holds `scheme`; with `k_quants`, a smaller one if there is."""
+    smaller = _SMALLER.get((scheme.bits, scheme.symmetric))
+    if k_quants and smaller and K % kquants.WIDTH == 0:
+        return smaller
     if scheme.bits == 8:
         return "Q8_0"
     return "Q4_1" if scheme.bits == 4 and not scheme.symmetric else "Q4_0"
 
 
-def blocks(q: QuantizedWeight) -> np.ndarray:
-    """The rows of `q` in its `block_type`: uint8 (N, bytes of a row).
+def row_bytes(kind: BlockType, K: int) -> int:
+    """Bytes of a row of K weights."""
+    width, size = BLOCKS[kind]
+    return K // width * size
+
+
+def blocks(q: QuantizedWeight, kind: BlockType) -> tuple[np.ndarray, float]:
+    """The rows of `q` as blocks of `kind`, one that `block_type` names for it.
+
+    Returns:
+        uint8 (N, `row_bytes`), and the relative change of the matrix in K-quants (Frobenius norm);
+        0 in other kinds.
 
     Raises:
         SchemeError: a scale is too large for fp16.
     """
-    kind, repeats = block_type(q.scheme), q.shape[1] // q.scale.shape[1] // WIDTH
+    if kind in kquants.BYTES:
+        found = kquants.project(q, kind)  # type: ignore[arg-type]
+        before = replace(q, scale=q.scale.float()).dequantize()  # products in float32
+        change = (found.weight() - before).norm() / before.norm().clamp(min=1e-30)
+        return found.bytes().numpy(), float(change)
+    repeats = q.shape[1] // q.scale.shape[1] // WIDTH
     scale = half_scales(q).repeat_interleave(repeats, 1)  # (N, K/32)
     zero = q.zero.repeat_interleave(repeats, 1)
     codes = q.codes.unflatten(1, (-1, WIDTH))  # (N, K/32, 32)
@@ -62,7 +95,17 @@ def blocks(q: QuantizedWeight) -> np.ndarray:
         else:  # codes of 2 and 3 bits move so that their zero is 8
             codes = codes + 8 - zero.unsqueeze(-1)
         parts.append(codes[..., :16] | codes[..., 16:] << 4)
-    return torch.cat(parts, -1).flatten(1).numpy()
+    return torch.cat(parts, -1).flatten(1).numpy(), 0.0
+
+
+def rounded(W: Tensor, kind: Literal["Q6_K", "Q8_0"]) -> np.ndarray:
+    """A dense matrix float32 (N, K), its rows rounded to nearest in blocks of `kind`."""
+    if kind == "Q6_K":
+        return kquants.round_to_q6(W).bytes().numpy()
+    groups = W.unflatten(1, (-1, WIDTH))  # (N, K/32, 32)
+    scale = (groups.abs().amax(-1) / 127).half()
+    codes = groups.div(scale.float().unsqueeze(-1)).nan_to_num_(0, 0, 0).round_().clamp_(-127, 127)
+    return torch.cat([_bytes(scale), codes.to(torch.int8).view(torch.uint8)], -1).flatten(1).numpy()
 
 
 def _bytes(half: Tensor) -> Tensor:

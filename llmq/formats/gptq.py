@@ -7,7 +7,7 @@ Per matrix (N, K) in groups of G, under the name of its module:
     scales    fp16 (K/G, N)
     g_idx     int32 (K,)                   the group of every input
 
-Packing is the bit stream of `compressed_tensors`. Version 2 stores zeros as they are. Version 1
+Packing is the bit stream of `bits`. Version 2 stores zeros as they are. Version 1
 stores zero - 1, and 0 as the largest code; some readers add the 1 back without masking and get
 2**bits, so that version 1 is written for symmetric schemes only.
 
@@ -26,7 +26,8 @@ from torch import Tensor
 
 from llmq.errors import FormatError, SchemeError
 from llmq.formats import columns
-from llmq.formats.compressed_tensors import CheckpointConfig, pack_bits, unpack_bits, words
+from llmq.formats.bits import pack_bits, unpack_bits, words
+from llmq.formats.compressed_tensors import CheckpointConfig
 from llmq.scheme import QuantizedWeight, QuantScheme
 
 METHOD = "gptq"

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from llmq.errors import FormatError
 from llmq.formats import awq, compressed_tensors, gptq
-from llmq.formats.compressed_tensors import CheckpointConfig, words
+from llmq.formats.bits import words
+from llmq.formats.compressed_tensors import CheckpointConfig
 from llmq.scheme import QuantizedWeight, QuantScheme
 
 Read = Callable[[str, Mapping[str, Tensor], QuantScheme], QuantizedWeight]

@@ -24,6 +24,7 @@ from llmq.errors import SourceError
 from llmq.formats import compressed_tensors
 from llmq.hf.quantizer import attach
 from llmq.output import staged_folder, writing
+from llmq.shards import DTYPES, INDEX, Entry, combine
 
 # What is copied from the original besides config.json and weights.
 COMPANIONS = (
@@ -41,7 +42,6 @@ COMPANIONS = (
 
 
 SHARD_SIZE = "5GB"
-INDEX_FILE = "model.safetensors.index.json"
 
 
 def save(
@@ -190,6 +190,28 @@ def shard_index(split: StateDictSplit) -> str:
     return json.dumps(index, indent=2) + "\n"
 
 
+def assemble(
+    found: Mapping[str, Entry], folder: Path, max_shard_size: int | str = SHARD_SIZE
+) -> dict[str, str]:
+    """Write the weights of a checkpoint from tensors that lie in other files.
+
+    Returns:
+        the SHA-256 of every file of tensors.
+    """
+    outlines = {
+        key: torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
+        for key, entry in found.items()
+    }
+    split = shards(outlines, max_shard_size)
+    digests = {
+        name: combine({key: found[key] for key in keys}, folder / name)
+        for name, keys in split.filename_to_tensors.items()
+    }
+    if split.is_sharded:
+        (folder / INDEX).write_text(shard_index(split), encoding="utf-8")
+    return digests
+
+
 def _write_weights(folder: Path, tensors: Mapping[str, Tensor], max_shard_size: int | str) -> None:
     """model.safetensors, or shards and their index."""
     split = shards(tensors, max_shard_size)
@@ -198,7 +220,7 @@ def _write_weights(folder: Path, tensors: Mapping[str, Tensor], max_shard_size: 
         shard = {key: torch.clone(tensors[key].detach()).cpu().contiguous() for key in keys}
         save_file(shard, folder / name, metadata={"format": "pt"})
     if split.is_sharded:
-        (folder / INDEX_FILE).write_text(shard_index(split), encoding="utf-8")
+        (folder / INDEX).write_text(shard_index(split), encoding="utf-8")
 
 
 def _config(model: Any, original: Path | None) -> dict[str, Any]:

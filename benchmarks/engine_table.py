@@ -1,0 +1,54 @@
+"""The table of engines in README.md, from results/engines.json.
+
+python benchmarks/engine_table.py      writes it between its two marks
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results" / "engines.json"
+README = HERE.parent / "README.md"
+START, STOP = "<!-- engines: from benchmarks/engine_table.py -->", "<!-- /engines -->"
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: one line per engine and layout; models that it ran are counted and added up."""
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["engine"], row["layout"]), []).append(row)
+    lines = [
+        "| engine | layout | models | greedy tokens equal | mean difference of log-probability |",
+        "|---|---|---|---|---|",
+    ]
+    for (engine, layout), found in groups.items():
+        ran = [row for row in found if "error" not in row]
+        models = ", ".join(row["model"] for row in ran)
+        if refused := [row["model"] for row in found if "error" in row]:
+            models += f"{'; ' if models else ''}not: {', '.join(refused)}"
+        equal, difference = "-", "-"
+        if ran:
+            equal = (
+                f"{sum(r['greedy_tokens_equal'] for r in ran)} of {sum(r['tokens'] for r in ran)}"
+            )
+            worst = max(row["mean_abs_logprob_difference"] for row in ran)
+            difference = f"{worst:.1e}" if worst < 1e-3 else f"{worst:.3f}"
+        version = next((row["version"] for row in ran), engine)
+        lines.append(f"| {version} | {layout} | {models} | {equal} | {difference} |")
+    return "\n".join(lines)
+
+
+def with_table(readme: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """`readme` with the table between its marks."""
+    before, rest = readme.split(START)
+    _, after = rest.split(STOP)
+    return f"{before}{START}\n\n{table(rows)}\n\n{STOP}{after}"
+
+
+if __name__ == "__main__":
+    found = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]
+    README.write_text(with_table(README.read_text(encoding="utf-8"), found), encoding="utf-8")
