@@ -15,7 +15,19 @@ from typing import Annotated
 import typer
 
 from llmq import cli_help, cli_measure, cli_plan, cli_share
-from llmq.cli_common import AsJson, Bos, Device, Join, JoinOption, finish, numbers, start
+from llmq.cli_common import (
+    Activations,
+    AsJson,
+    Bos,
+    Device,
+    Join,
+    JoinOption,
+    Method,
+    Quality,
+    finish,
+    numbers,
+    start,
+)
 from llmq.errors import LlmqError
 
 app = typer.Typer(
@@ -28,22 +40,6 @@ app = typer.Typer(
 )
 
 
-class Quality(str, Enum):
-    """Rungs of the ladder."""
-
-    fast = "fast"
-    balanced = "balanced"
-
-
-class Method(str, Enum):
-    """How codes are found."""
-
-    rtn = "rtn"
-    gptq = "gptq"
-    awq = "awq"
-    awq_gptq = "awq+gptq"
-
-
 class Format(str, Enum):
     """Layouts on disk."""
 
@@ -51,13 +47,6 @@ class Format(str, Enum):
     gptq = "gptq"
     awq = "awq"
     gguf = "gguf"
-
-
-class Activations(str, Enum):
-    """Where hidden states are kept."""
-
-    memory = "memory"
-    disk = "disk"
 
 
 @app.callback(invoke_without_command=True, help=cli_help.ROOT)
@@ -171,6 +160,7 @@ def quantize(
         activations=activations.value,
         fresh=fresh,
         progress=True,
+        tell=lambda line: console.print(line, highlight=False, soft_wrap=True),
     )
     layers = report.pop("layers")
     worst = sorted(layers, key=lambda layer: -layer["error"])[:5]
