@@ -145,8 +145,18 @@ def quantize(
             bits = average_for_size(parse_size(target_size), name, config, headers, recipe)
         source, spill, kl = StoredModel(original_folder(name)), activations == "disk", None
         average = float(bits) if is_mixed(bits, mixed) else None
-        how = {"spill": spill, "average": average, "tell": tell}
-        preflight(name, source, config, recipe, text, where, work, **how)
+        preflight(
+            name,
+            source,
+            config,
+            recipe,
+            text,
+            where,
+            work,
+            spill=spill,
+            average=average,
+            tell=tell,
+        )
         if average is not None:
             recipe, kl = allocated(recipe, bits, widths, name, text.windows, where, seed)
         if report := begin(source, recipe, method, text, where, work):
