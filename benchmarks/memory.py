@@ -1,14 +1,18 @@
 """Memory over time while a checkpoint is quantized: flat in the number of layers?
 
     python benchmarks/memory.py [--layers 8 16 --hidden 1024 --intermediate 3072 ...]
+    python benchmarks/memory.py --wide [--hidden 2048 --intermediate 7168 ...]
 
 A Llama of the given shape with random weights is written, block by block, and quantized by the
 command line in a process of its own, whose memory is sampled: what it has for itself (anonymous)
 and what it maps of files, which the system takes back when it needs room. The log of the run tells
 when each block was finished. Per number of layers the result has the peak, the highest anonymous
 memory within each block, and the slope of that over the blocks (of a line through all but the
-first) in percent of its mean per layer. A 70B model has --hidden 8192 --intermediate 28672 --heads
-64 --kv-heads 8 --vocab 128256.
+first, if there are three) in percent of its mean per layer; and what `llmq plan` expected.
+
+--wide takes the widths of a 70B model (8192 and 28672, 64 heads, 8 of them for keys and values), a
+small vocabulary and one layer, quantized by GPTQ: does it fit into this machine? Sizes that are
+given go before these.
 """
 
 from __future__ import annotations
@@ -27,26 +31,53 @@ from typing import Any
 
 import torch
 from environment import environment
+from random_models import copy_tokenizer
 from transformers import LlamaConfig
 
-from llmq import demo, shards
+from llmq import shards
+
+RESULTS = Path("benchmarks/results")
+USUAL = {
+    "layers": [8, 16],
+    "hidden": 1024,
+    "intermediate": 3072,
+    "heads": 16,
+    "kv_heads": 8,
+    "vocab": 4096,
+    "seq_len": 256,
+}
+WIDE = {
+    "layers": [1],
+    "hidden": 8192,
+    "intermediate": 28672,
+    "heads": 64,
+    "kv_heads": 8,
+    "vocab": 8192,
+    "seq_len": 512,
+}
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--layers", type=int, nargs="+", default=[8, 16])
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--intermediate", type=int, default=3072)
-    parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--vocab", type=int, default=4096)
+    parser.add_argument("--wide", action="store_true", help="the widths of a 70B model")
+    parser.add_argument("--layers", type=int, nargs="+")
+    parser.add_argument("--hidden", type=int)
+    parser.add_argument("--intermediate", type=int)
+    parser.add_argument("--heads", type=int)
+    parser.add_argument("--kv-heads", type=int)
+    parser.add_argument("--vocab", type=int)
     parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--seq-len", type=int)
     parser.add_argument("--method", default="gptq")
     parser.add_argument("--activations", choices=["memory", "disk"], default="memory")
     parser.add_argument("--folder", type=Path, help="for checkpoints (default: a temporary one)")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/memory.json"))
-    return parser.parse_args()
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/memory[_wide].json")
+    args = parser.parse_args()
+    for name, value in (WIDE if args.wide else USUAL).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.out = args.out or RESULTS / ("memory_wide.json" if args.wide else "memory.json")
+    return args
 
 
 def make_checkpoint(folder: Path, args: argparse.Namespace, layers: int) -> int:
@@ -64,8 +95,8 @@ def make_checkpoint(folder: Path, args: argparse.Namespace, layers: int) -> int:
         dtype=torch.bfloat16,
         architectures=["LlamaForCausalLM"],
     )
-    shutil.copytree(demo.model_path(), folder, ignore=shutil.ignore_patterns("*.safetensors"))
     config.save_pretrained(folder)
+    copy_tokenizer(folder)
     matrices = {
         "self_attn.q_proj": (D, D),
         "self_attn.k_proj": (args.kv_heads * head, D),
@@ -128,8 +159,12 @@ def measure(args: argparse.Namespace, layers: int, room: Path) -> dict[str, Any]
     options = {"method": args.method, "samples": args.samples, "seq-len": args.seq_len}
     options |= {"activations": args.activations, "device": "cpu"}
     flags = [str(part) for key, value in options.items() for part in (f"--{key}", value)]
-    command = [sys.executable, "-W", "ignore", "-m", "llmq", "quantize"]
-    samples = watch([*command, str(room / "model"), str(out), *flags])
+    llmq = [sys.executable, "-W", "ignore", "-m", "llmq"]
+    ahead = [*llmq, "plan", str(room / "model"), "--out", str(out), "--json", *flags]
+    told = subprocess.run(ahead, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
+    planned = json.loads(told)["outlook"]
+    print(json.dumps({"planned": planned}), flush=True)
+    samples = watch([*llmq, "quantize", str(room / "model"), str(out), *flags])
     events = [json.loads(x) for x in (out / "quantization_log.jsonl").read_text().splitlines()]
     blocks = [event for event in events if event["event"] == "block"]
     ends = [datetime.datetime.fromisoformat(event["time"]).timestamp() for event in blocks]
@@ -139,7 +174,7 @@ def measure(args: argparse.Namespace, layers: int, room: Path) -> dict[str, Any]
         for a, b in zip([start, *ends[:-1]], ends, strict=True)
     ]
     later = highest[1:]
-    line = statistics.linear_regression(range(len(later)), later)
+    slope = statistics.linear_regression(range(len(later)), later).slope if later[1:] else None
     stored = sum(path.stat().st_size for path in (room / "model").glob("*.safetensors"))
     shutil.rmtree(room / "model")
     shutil.rmtree(out)
@@ -151,8 +186,9 @@ def measure(args: argparse.Namespace, layers: int, room: Path) -> dict[str, Any]
         "peak_anonymous_bytes": max(anonymous for _, anonymous, _ in samples),
         "peak_resident_bytes": max(anonymous + mapped for _, anonymous, mapped in samples),
         "highest_per_block_bytes": highest,
-        "slope_bytes_per_layer": line.slope,
-        "slope_percent_per_layer": 100 * line.slope / statistics.mean(later),
+        "slope_bytes_per_layer": slope,
+        "slope_percent_per_layer": slope and 100 * slope / statistics.mean(later),
+        "planned": planned,
         "seconds_per_step": {
             step: round(sum(event["seconds"][step] for event in blocks), 3)
             for step in blocks[0]["seconds"]

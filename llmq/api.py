@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,13 @@ from llmq.evaluate import Evaluation, evaluate as measure
 from llmq.harness import check_installed, run_tasks
 from llmq.hf.saving import original_folder
 from llmq.hf.streaming import StoredModel
-from llmq.inputs import check_vocabulary, public_source, read_calibration, window_length
+from llmq.inputs import SEQ_LEN, check_vocabulary, public_source, read_calibration, window_length
 from llmq.journal import Workplace, workplace
 from llmq.ladder import chosen
 from llmq.mixing import allocated, average_for_size, is_mixed, parse_size, scan, uniform_width
 from llmq.origin import command, origin, public_name
-from llmq.pipeline import begin, outcome, publish, solve
+from llmq.outlook import job
+from llmq.pipeline import begin, outcome, preflight, publish, solve
 from llmq.plan import Plan
 from llmq.protocols import PROTOCOLS, WIKITEXT2, read_windows
 from llmq.quantize import (
@@ -78,6 +79,7 @@ def quantize(
     activations: str = "memory",
     fresh: bool = False,
     progress: bool = False,
+    tell: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Quantize a model and write it to a folder that transformers, vLLM and others load.
 
@@ -105,6 +107,7 @@ def quantize(
         activations: "memory", or "disk" to keep the calibration's hidden states in files.
         fresh: forget an unfinished run into `out`; without it, that run is continued.
         progress: show a bar on standard error if that is a terminal.
+        tell: is called with one line before the work begins: size, memory and time, estimated.
 
     Returns:
         what was also written to quantization_report.json: settings, one entry per matrix,
@@ -139,13 +142,24 @@ def quantize(
         if target_size is not None:
             headers = source_headers(name)
             bits = average_for_size(parse_size(target_size), name, config, headers, recipe)
-        kl = None
-        if is_mixed(bits, mixed):
+        source, spill, kl = StoredModel(original_folder(name)), activations == "disk", None
+        average = float(bits) if is_mixed(bits, mixed) else None
+        preflight(
+            name,
+            source,
+            config,
+            recipe,
+            text,
+            where,
+            work,
+            spill=spill,
+            average=average,
+            tell=tell,
+        )
+        if average is not None:
             recipe, kl = allocated(recipe, bits, widths, name, text.windows, where, seed)
-        source = StoredModel(original_folder(name))
         if report := begin(source, recipe, method, text, where, work):
             return report
-        spill = activations == "disk"
         solved = solve(source, recipe, text, where, work, spill=spill, show=progress)
         if solved is None:  # another process writes
             return ranks.of_the_first(None)
@@ -173,29 +187,53 @@ def quantize(
 def plan(
     src: str | os.PathLike[str],
     *,
-    bits: int = 4,
+    quality: str | None = None,
+    method: str | None = None,
+    bits: float = 4,
+    mixed: bool = False,
     group_size: int = 128,
     symmetric: bool = True,
+    samples: int = 128,
+    seq_len: int | None = None,
     lm_head: bool = False,
     skip: Sequence[str] = (),
     tensor_parallel: Sequence[int] = (1,),
+    activations: str = "memory",
+    device: str = "auto",
     out: str | os.PathLike[str] = ".",
 ) -> Plan:
-    """What `quantize` would write and who would load it, before a weight is read.
+    """What `quantize` would write and take, and who would load it, before a weight is read.
 
     Args:
         src: folder or Hub name of a full-precision causal language model.
-        bits, group_size, symmetric, lm_head, skip: as for `quantize`.
+        quality, method, bits, mixed, group_size, symmetric, samples, seq_len, lm_head, skip,
+            activations, device: as for `quantize`. The size at an average of bits is an estimate.
         tensor_parallel: numbers of GPUs that shall share the result.
         out: where it shall be written; its disk is asked for room.
 
     Raises:
         LlmqError: see `llmq.errors`.
     """
-    recipe = Recipe(QuantScheme(bits, group_size, symmetric), skip=tuple(skip), lm_head=lm_head)
+    method, recipe = chosen(method, quality)
+    scheme = QuantScheme(uniform_width(bits, mixed), group_size, symmetric)
+    recipe = dataclasses.replace(recipe, scheme=scheme, skip=tuple(skip), lm_head=lm_head)
+    where = pick_device(device)
     name = check_path(src)
     config = full_precision(open_config(name), name)
-    return planning.make(name, config, source_headers(name), recipe, ranks=tensor_parallel, out=out)
+    average = float(bits) if is_mixed(bits, mixed) else None
+    seq_len = window_length(config, seq_len, SEQ_LEN)
+    windows = min(samples, _RTN_SAMPLES) if method == "rtn" else samples
+    return planning.make(
+        name,
+        config,
+        source_headers(name),
+        recipe,
+        ranks=tensor_parallel,
+        out=out,
+        job=job(recipe, windows, seq_len, activations == "disk", average is not None),
+        device=where,
+        average=average,
+    )
 
 
 def sensitivity(

@@ -31,6 +31,11 @@ class Call:
         """The same call on another device, floating tensors in another dtype."""
         return Call(_cast(self.args, device, dtype), _cast(self.kwargs, device, dtype))
 
+    def split(self, windows: int) -> list[Call]:
+        """The calls of `windows` windows one by one: tensors with a row for each are cut."""
+        rows = (slice(i, i + 1) for i in range(windows))
+        return [Call(_cut(self.args, windows, r), _cut(self.kwargs, windows, r)) for r in rows]
+
 
 @dataclass(frozen=True)
 class Recording:
@@ -74,6 +79,10 @@ class _Substitute(nn.Module):
         super().__init__()
         # In a tuple, so that the original does not become a submodule.
         self._original = (original,)
+
+    @property
+    def original(self) -> nn.Module:
+        return self._original[0]
 
     def __getattr__(self, name: str) -> Any:  # models read attributes such as `attention_type`
         try:
@@ -255,6 +264,13 @@ def keep_outputs(block: nn.Module, done: set[str], count: int) -> None:
             block.set_submodule(name, _Once(part, count))
 
 
+def forget_outputs(block: nn.Module) -> None:
+    """Undo `keep_outputs`."""
+    for name, part in list(block.named_children()):
+        if isinstance(part, _Once):
+            block.set_submodule(name, part.original)
+
+
 @torch.no_grad()
 def head_inputs(
     model: nn.Module,
@@ -308,4 +324,14 @@ def _cast(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
         return {k: _cast(v, device, dtype) for k, v in value.items()}
     if isinstance(value, (tuple, list)):
         return type(value)(_cast(v, device, dtype) for v in value)
+    return value
+
+
+def _cut(value: Any, windows: int, row: slice) -> Any:
+    if isinstance(value, Tensor):
+        return value[row] if value.ndim > 1 and len(value) == windows else value
+    if isinstance(value, dict):
+        return {k: _cut(v, windows, row) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_cut(v, windows, row) for v in value)
     return value

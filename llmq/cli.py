@@ -7,14 +7,25 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from llmq import cli_help, cli_measure, cli_plan, cli_share
-from llmq.cli_common import AsJson, Bos, Device, Join, JoinOption, finish, numbers, start
+from llmq.cli_common import (
+    Activations,
+    AsJson,
+    Bos,
+    Device,
+    Join,
+    JoinOption,
+    Method,
+    Quality,
+    finish,
+    numbers,
+    start,
+)
 from llmq.errors import LlmqError
 
 app = typer.Typer(
@@ -25,29 +36,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Start with: [bold]llmq demo[/bold]",
 )
-
-
-class Quality(str, Enum):
-    """Rungs of the ladder."""
-
-    fast = "fast"
-    balanced = "balanced"
-
-
-class Method(str, Enum):
-    """How codes are found."""
-
-    rtn = "rtn"
-    gptq = "gptq"
-    awq = "awq"
-    awq_gptq = "awq+gptq"
-
-
-class Activations(str, Enum):
-    """Where hidden states are kept."""
-
-    memory = "memory"
-    disk = "disk"
 
 
 @app.callback(invoke_without_command=True, help=cli_help.ROOT)
@@ -161,6 +149,7 @@ def quantize(
         activations=activations.value,
         fresh=fresh,
         progress=True,
+        tell=lambda line: console.print(line, highlight=False, soft_wrap=True),
     )
     layers = report.pop("layers")
     worst = sorted(layers, key=lambda layer: -layer["error"])[:5]

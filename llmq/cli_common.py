@@ -19,6 +19,29 @@ class Join(str, Enum):
     wikitext = "wikitext"
 
 
+class Quality(str, Enum):
+    """Rungs of the ladder."""
+
+    fast = "fast"
+    balanced = "balanced"
+
+
+class Method(str, Enum):
+    """How codes are found."""
+
+    rtn = "rtn"
+    gptq = "gptq"
+    awq = "awq"
+    awq_gptq = "awq+gptq"
+
+
+class Activations(str, Enum):
+    """Where hidden states are kept."""
+
+    memory = "memory"
+    disk = "disk"
+
+
 AsJson = Annotated[
     bool, typer.Option("--json", help="End standard output with one JSON object on one line.")
 ]

@@ -34,7 +34,8 @@ QUANTIZE = (
 
 PLAN = (
     "Say what quantizing would do, before it does it.\n\n"
-    "The size of the result (exact), which layers the group size does not fit, alone and shared "
+    "The size of the result (exact for whole bits), memory, disk and time (estimates for this "
+    "machine), which layers the group size does not fit, alone and shared "
     "by several GPUs, which engines will load it, and what to do about each problem. Only "
     "config.json and file headers are read: seconds for a model of any size. Status 1 if it "
     "cannot be quantized like this.\n\n"

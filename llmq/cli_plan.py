@@ -9,16 +9,41 @@ from typing import Annotated
 import typer
 
 from llmq import cli_help
-from llmq.cli_common import AsJson, Bos, Device, Join, JoinOption, finish, numbers, start
+from llmq.cli_common import (
+    Activations,
+    AsJson,
+    Bos,
+    Device,
+    Join,
+    JoinOption,
+    Method,
+    Quality,
+    finish,
+    numbers,
+    start,
+)
 
 
 def plan(
     src: Annotated[str, typer.Argument(help="Full-precision model: folder or Hub name.")],
-    bits: Annotated[int, typer.Option(help="8, 4, 3 or 2 bits per weight.")] = 4,
+    quality: Annotated[
+        Quality | None, typer.Option(help="How much effort. (default: balanced)")
+    ] = None,
+    method: Annotated[Method | None, typer.Option(help="Instead of a quality.")] = None,
+    bits: Annotated[
+        float, typer.Option(help="8, 4, 3 or 2 bits per weight; between them, an average.")
+    ] = 4,
+    mixed: Annotated[
+        bool, typer.Option("--mixed", help="Bits are an average even if a whole number.")
+    ] = False,
     group_size: Annotated[
         int, typer.Option(help="Weights that share a scale: 32, 64, 128; -1 = a whole row.")
     ] = 128,
     symmetric: Annotated[bool, typer.Option("--symmetric/--asymmetric")] = True,
+    samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 128,
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens per window. (default: 512, or the model's limit)")
+    ] = None,
     lm_head: Annotated[bool, typer.Option("--lm-head/--no-lm-head")] = False,
     skip: Annotated[
         list[str] | None,
@@ -27,18 +52,30 @@ def plan(
     tensor_parallel: Annotated[
         str, typer.Option(metavar="N,N...", help="GPUs that shall share the result.")
     ] = "1,2,4,8",
+    activations: Annotated[
+        Activations, typer.Option(help="Where the calibration's hidden states are kept.")
+    ] = Activations.memory,
+    device: Device = "auto",
     out: Annotated[Path, typer.Option(help="Where it shall be written.")] = Path(),
     as_json: AsJson = False,
 ) -> None:
     console = start(as_json)
     from llmq import api
+    from llmq.progress import duration
     from llmq.report import size, table
 
     found = api.plan(
         src,
+        quality=quality.value if quality else None,
+        method=method.value if method else None,
         bits=bits,
+        mixed=mixed,
         group_size=group_size,
         symmetric=symmetric,
+        samples=samples,
+        seq_len=seq_len,
+        activations=activations.value,
+        device=device,
         lm_head=lm_head,
         skip=skip or (),
         tensor_parallel=numbers("--tensor-parallel", tensor_parallel),
@@ -51,6 +88,12 @@ def plan(
         ("files now", size(found.source_bytes)),
         ("files afterwards", f"{size(found.output_bytes)} ({found.output_bytes:,} bytes)"),
     ]
+    if ahead := found.outlook:
+        rows.append(("memory", f"about {size(ahead.memory_bytes)} (most while {ahead.phase})"))
+        if ahead.gpu_bytes:
+            rows.append(("GPU memory", f"about {size(ahead.gpu_bytes)}"))
+        rows.append(("disk while it runs", f"about {size(ahead.disk_bytes)}"))
+        rows.append(("time on this machine", f"about {duration(ahead.seconds or 0)}"))
     console.print(table("", ["plan", ""], rows))
     words = {True: "yes", False: "no", None: "?"}
     rows = [(engine.name, words[engine.loads], engine.note) for engine in found.engines]

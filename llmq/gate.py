@@ -24,6 +24,7 @@ from llmq.solvers.rtn import RTN
 from llmq.store import LayerReport
 
 TOKENS = 256  # at most
+ROWS = 32  # tokens whose probabilities are in memory at once: vocabularies are large
 # Limits in nats per token. Broken models are several nats off; the slack is for tiny models and
 # little text, where neither number means much.
 FACTOR, SLACK = 3.0, 0.1
@@ -132,9 +133,11 @@ class Gate:
             return logits_behind(source.model, source.blocks, self._tokens, states, tied)
 
     def _perplexity(self, logits: Tensor) -> float:
-        chosen = logits[:, :-1].float().log_softmax(-1)
-        picked = chosen.gather(-1, self._tokens[:, 1:, None].to(chosen.device))
-        return math.exp(min(float(-picked.mean()), 700.0))
+        labels = self._tokens[:, 1:, None].to(logits.device)
+        total = 0.0
+        for part, own in zip(logits[:, :-1].split(ROWS, 1), labels.split(ROWS, 1), strict=True):
+            total -= float(part.float().log_softmax(-1).gather(-1, own).sum())
+        return math.exp(min(total / labels.numel(), 700.0))
 
 
 def check_layer(report: LayerReport) -> None:
@@ -153,5 +156,8 @@ def check_layer(report: LayerReport) -> None:
 
 def _kl(full: Tensor, other: Tensor) -> float:
     """KL(full || other), nats per token."""
-    p, q = full.float().log_softmax(-1), other.float().log_softmax(-1)
-    return float((p.exp() * (p - q)).sum(-1).mean())
+    total = 0.0
+    for one, two in zip(full.split(ROWS, 1), other.split(ROWS, 1), strict=True):
+        p, q = one.float().log_softmax(-1), two.float().log_softmax(-1)
+        total += float((p.exp() * (p - q)).sum())
+    return total / full[..., 0].numel()

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from llmq import plan
 from llmq.errors import SchemeError
-from llmq.quantize import Recipe, check_groups, quantizable
-from llmq.scheme import BITS
+from llmq.quantize import Recipe, input_widths, quantizable
+from llmq.scheme import BITS, check_groups
 from llmq.sensitivity import Sensitivity, allocation, predicted, sensitivities
 from llmq.source import open_model
 from llmq.stored import Header
@@ -114,7 +114,7 @@ def scan(name: str, windows: Tensor, recipe: Recipe, device: str, seed: int) -> 
         SchemeError: the group size does not divide a layer.
     """
     model = open_model(name, device)
-    check_groups(quantizable(model), recipe)
+    check_groups(input_widths(quantizable(model)), recipe.scheme_for)
     for parameter in model.parameters():  # float16 has no room for gradients
         if parameter.dtype == torch.float16:
             parameter.data = parameter.data.to(torch.bfloat16)

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from llmq import ranks
 
+ROWS = 1024  # of a matrix that are copied at once
+PANEL = 512  # rows of a triangle that are inverted at once
 PANELS = 4  # H is symmetric: computing its lower block triangle in 4 panels saves 3/8 of the work
 
 
@@ -42,7 +44,23 @@ class SecondMoment:
 
     def mean(self) -> Tensor:
         """H (K, K), exactly symmetric; all zeros if no row was seen."""
-        return (self.total.tril() + self.total.tril(-1).T) / max(self.count, 1)
+        return _mirrored(self.total / max(self.count, 1))
+
+    def finish(self) -> Tensor:
+        """The same as `mean`, in the place of `total`, which is no more."""
+        return _mirrored(self.total.div_(max(self.count, 1)))
+
+
+def _mirrored(H: Tensor) -> Tensor:
+    """H (K, K), its upper triangle replaced by its lower one, in place."""
+    K = len(H)
+    step = -(-K // PANELS)
+    for start in range(0, K, step):
+        stop = min(start + step, K)
+        own = H[start:stop, start:stop]
+        own.copy_(own.tril() + own.tril(-1).T)
+        H[:start, start:stop] = H[start:stop, :start].T
+    return H
 
 
 def second_moments(inputs: Iterable[Tensor | Sequence[Tensor]]) -> list[tuple[Tensor, int]]:
@@ -63,11 +81,11 @@ def second_moments(inputs: Iterable[Tensor | Sequence[Tensor]]) -> list[tuple[Te
             moment.add(x)
     for moment in sums:
         moment.add_up()
-    return [(moment.mean(), moment.count) for moment in sums]
+    return [(moment.finish(), moment.count) for moment in sums]
 
 
 def with_prior(moments: Sequence[tuple[Tensor, int]]) -> list[tuple[Tensor, int]]:
-    """Second moments of one layer's experts, each mixed with all of them pooled.
+    """Second moments of one layer's experts, each mixed with all of them pooled, in place.
 
     H_e <- (n_e H_e + K H_pooled) / (n_e + K): an expert that saw many more than K tokens keeps
     its own moment, a starved one is solved with what its siblings saw. Counts stay.
@@ -77,29 +95,58 @@ def with_prior(moments: Sequence[tuple[Tensor, int]]) -> list[tuple[Tensor, int]
     pooled = torch.zeros_like(moments[0][0])
     for H, n in moments:
         pooled += H * (n / max(total, 1))
-    return [((H * n + pooled * K) / (n + K), n) for H, n in moments]
+    for H, n in moments:
+        H.mul_(n).add_(pooled, alpha=K).div_(n + K)
+    return list(moments)
 
 
-def cholesky(H: Tensor, damp: float) -> Tensor:
+def cholesky(H: Tensor, damp: float, order: Tensor | None = None) -> Tensor:
     """Lower factor L, float64 (K, K), with L L^T = H + damp * mean(diag H) I.
 
-    Damping is tripled, up to eight times, while that is not positive definite.
+    Damping is tripled, up to eight times, while that is not positive definite. Nothing of the
+    size of L is held besides L.
+
+    Args:
+        H: float32 (K, K).
+        damp: share of the mean diagonal to add.
+        order: (K,) int64, take the rows and columns of H in this order.
 
     Raises:
         ValueError: it is not even then (with damp=0.01 that is 65 times the mean: H is not a
             second moment).
     """
-    damped = H.double()
-    mean = damped.diagonal().mean()
+    mean = H.diagonal().double().mean()
+    L = torch.empty(H.shape, dtype=torch.float64, device=H.device).T  # columns lie together
+    info = torch.empty((), dtype=torch.int32, device=H.device)
     added = 0.0
     for _ in range(9):
-        damped = damped.clone()
-        damped.diagonal().add_((damp - added) * mean)
-        L, failed = torch.linalg.cholesky_ex(damped)
-        if not bool(failed):
+        if order is None:
+            L.copy_(H)
+        else:
+            for rows, own in zip(L.split(ROWS), order.split(ROWS), strict=True):
+                rows.copy_(H[own][:, order])
+        L.diagonal().add_(damp * mean)
+        torch.linalg.cholesky_ex(L, out=(L, info))
+        if not bool(info):
             return L
         added, damp = damp, damp * 3
     raise ValueError(
         f"second moment ({len(H)} columns) is not positive definite, even with {added:g} of its "
         "mean diagonal added."
     )
+
+
+def invert_lower(L: Tensor) -> Tensor:
+    """L^-1 in the place of L, float64 (K, K) lower triangular.
+
+    Panel by panel: below what is inverted already, the inverse of [[A, 0], [B, C]] is
+    -C^-1 B A^-1.
+    """
+    for start in range(0, len(L), PANEL):
+        stop = min(start + PANEL, len(L))
+        own = L[start:stop, start:stop]
+        eye = torch.eye(stop - start, dtype=L.dtype, device=L.device)
+        inverse = torch.linalg.solve_triangular(own, eye, upper=False)
+        L[start:stop, :start] = (inverse @ L[start:stop, :start]).neg_() @ L[:start, :start]
+        own.copy_(inverse)
+    return L

@@ -101,7 +101,9 @@ class Drift:
 
     def shift(self, W: Tensor) -> Tensor:
         """`pull` (H + lambda I)^-1: all of the way from W to W*, float32 (N, K)."""
-        return torch.cholesky_solve(self.pull(W).T.double(), self._factor).T.float()
+        L = self._factor
+        half = torch.linalg.solve_triangular(L, self.pull(W).double().T, upper=False)
+        return torch.linalg.solve_triangular(L.T, half, upper=True).T.float()
 
     @cached_property
     def _factor(self) -> Tensor:
@@ -125,8 +127,9 @@ class Matching(Problem):
     def of(cls, fit: Drift, judge: Drift) -> Matching:
         """H is the mean over all tokens."""
         tokens = fit.inputs.count + judge.inputs.count
-        means = [drift.inputs.mean() * (drift.inputs.count / tokens) for drift in (fit, judge)]
-        return cls(means[0] + means[1], tokens, fit, judge)
+        H = fit.inputs.mean().mul_(fit.inputs.count / tokens)
+        H += judge.inputs.mean().mul_(judge.inputs.count / tokens)
+        return cls(H, tokens, fit, judge)
 
     def finite(self) -> bool:
         return self.fit.finite() and self.judge.finite()

@@ -19,6 +19,7 @@ _HERE = (
     "progress",
     "fresh",
     "activations",
+    "tell",
 )  # arguments that belong to this machine, not to the result
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,27 +10,72 @@ import torch
 import transformers
 
 import llmq
-from llmq import ranks
+from llmq import plan, ranks
 from llmq.errors import SchemeError
 from llmq.gate import Gate
 from llmq.hf.streaming import StoredModel
 from llmq.inputs import Calibration, identity, share
 from llmq.journal import Workplace
-from llmq.objective import HELD_OUT
+from llmq.origin import public_name
+from llmq.outlook import batch_windows, job
 from llmq.output import enough_memory, writing
 from llmq.progress import progress_bar
-from llmq.quantize import LayerReport, Recipe, check_experts, check_groups, quantizable, quantize
+from llmq.quantize import LayerReport, Recipe, input_widths, quantizable, quantize
 from llmq.report import (
     expert_coverage,
     layer_entry,
     read_report,
     write_report,
 )
-from llmq.stored import bits_per_weight, inspect_checkpoint
-from llmq.stream import Streamed, stack_name
+from llmq.scheme import check_groups
+from llmq.stored import bits_per_weight, inspect_checkpoint, tensor_headers
+from llmq.stream import Streamed
 from llmq.verify import check, seal
 
-_BATCH_TOKENS = 2048
+
+def preflight(
+    name: str,
+    source: StoredModel,
+    config: Any,
+    recipe: Recipe,
+    text: Calibration,
+    device: str,
+    work: Workplace,
+    *,
+    spill: bool,
+    average: float | None,
+    tell: Callable[[str], None] | None,
+) -> None:
+    """Refuse what cannot work before anything is computed, and tell what it will take.
+
+    Args:
+        name: of the model, as the user gave it.
+        average: bits that matrices shall have on average, if their widths are still to be chosen.
+        tell: is called with one line.
+
+    Raises:
+        SchemeError: the recipe does not fit the model.
+        MemoryLimitError, OutputError: there is too little memory, or room on the disk.
+    """
+    names = quantizable(source.model, recipe.lm_head)
+    check_groups(input_widths(names), recipe.scheme_for)
+    if not any(recipe.scheme_for(n) for n in names):
+        raise SchemeError(f"skip={list(recipe.skip)}: nothing is left to quantize.")
+    windows, seq_len = share(text.windows, recipe).shape
+    ahead = plan.make(
+        public_name(name),
+        config,
+        tensor_headers(source.folder),
+        recipe,
+        out=work.out,
+        job=job(recipe, windows, seq_len, spill, average is not None),
+        device=device,
+        average=average,
+        timed=tell is not None,
+    )
+    plan.refuse(ahead)
+    if tell and ranks.number() == 0:
+        tell(ahead.line())
 
 
 def begin(
@@ -44,15 +89,8 @@ def begin(
     """Begin or continue a run; its report, if nothing but the last rename was missing.
 
     Raises:
-        SchemeError: the recipe does not fit the model.
         OutputError: an unfinished run was another one.
     """
-    names = quantizable(source.model, recipe.lm_head)
-    check_groups(names, recipe)
-    check_experts(source.model, recipe)
-    if not any(recipe.scheme_for(n) for n in names):
-        raise SchemeError(f"skip={list(recipe.skip)}: nothing is left to quantize.")
-    share(text.windows, recipe)
     if ranks.number() == 0:
         work.begin(identity(source, recipe, method, text, device))
     work.journal = ranks.of_the_first(getattr(work, "journal", None))
@@ -80,15 +118,13 @@ def solve(
     """
     first = ranks.number() == 0
     mine = share(text.windows, recipe)
-    seq_len = mine.shape[1]
-    names = quantizable(source.model, recipe.lm_head)
+    batches = mine.split(batch_windows(*mine.shape))
+    blocks, before = len(source.blocks), len(work.journal.blocks)
     with enough_memory():
         gate = Gate(source, text.judge, device) if first else None
-        store = Streamed(source, work, gate, spill=spill)
-        size = min(_BATCH_TOKENS // seq_len, len(mine) // HELD_OUT)
-        reports = quantize(source.model, mine.split(max(1, size)), recipe, device, store)
-        total = sum(map(bool, map(recipe.scheme_for, names)))
-        layers = list(_watched(reports, total, show and first, store.done))
+        with progress_bar("Quantizing", blocks, show=show and first, before=before) as finished:
+            store = Streamed(source, work, gate, spill, finished)
+            layers = list(quantize(source.model, batches, recipe, device, store))
         return (layers, *store.finish()) if first else None
 
 
@@ -119,16 +155,3 @@ def publish(work: Workplace, report: dict[str, Any], digests: dict[str, str]) ->
         check(work.result)
         work.log("end", seconds=report["seconds"], **report["judged"])
         work.publish()
-
-
-def _watched(
-    reports: Iterable[LayerReport], total: int, show: bool, done: Iterable[LayerReport]
-) -> Iterator[LayerReport]:
-    """Pass reports on under a progress bar; all experts of a stack count as one matrix."""
-    seen: set[str] = set()
-    before = len({stack_name(report.name) for report in done})
-    with progress_bar("Quantizing", total, show=show, before=before) as advance:
-        for report in reports:
-            seen.add(stack_name(report.name))
-            advance(len(seen))
-            yield report

@@ -8,24 +8,30 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
+from llmq import machine
+from llmq.engines import Engine, engines
+from llmq.errors import MemoryLimitError, OutputError, SchemeError
 from llmq.hf.outline import outline, pack_outline, stored_bytes
-from llmq.nn import STACKS, packed_modules
-from llmq.quantize import Recipe, check_experts, quantizable
-from llmq.scheme import QuantScheme
+from llmq.journal import Workplace
+from llmq.needs import Job, Shape
+from llmq.nn import packed_modules
+from llmq.outlook import SURE, Outlook, advice, foresee, lacking, shape as shape_of
+from llmq.progress import duration
+from llmq.quantize import Recipe, check_experts, input_widths, quantizable
+from llmq.report import size
+from llmq.scheme import QuantScheme, undivided
 from llmq.shards import DTYPES
 from llmq.stored import Header
 
 GROUPS = (128, 64, 32)
+_LEAST = 64 << 20  # bytes that a disk needs besides what is written, for headers and logs
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class Problem:
     """Something that will not work, and what would.
 
     Attributes:
-        where: a layer, a number of GPUs, a disk.
+        where: layers, a number of GPUs, "memory", "GPU memory" or "disk".
         what: why it fails.
         fix: what to do instead.
         fatal: whether quantizing itself is impossible, rather than some use of the result.
@@ -46,21 +52,6 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Engine:
-    """Whether an inference engine loads the result.
-
-    Attributes:
-        name: the engine.
-        loads: True, False, or None where nobody has tried.
-        note: limits, or why not.
-    """
-
-    name: str
-    loads: bool | None
-    note: str
-
-
-@dataclass(frozen=True)
 class Plan:
     """What a run would do.
 
@@ -70,10 +61,12 @@ class Plan:
         matrices: how many will be quantized.
         quantized_weights: how many weights these hold.
         source_bytes: files of weights that are there.
-        output_bytes: files of weights that will be written, index included; exact.
+        output_bytes: files of weights that will be written, index included; exact, unless bits
+            are an average.
         bits_per_weight: of the quantized matrices, scales and zero points included.
         problems: what will not work.
         engines: who will load the result.
+        outlook: memory, disk and time; None if it was not said how it shall be done.
     """
 
     source: str
@@ -85,10 +78,22 @@ class Plan:
     bits_per_weight: float
     problems: tuple[Problem, ...]
     engines: tuple[Engine, ...]
+    outlook: Outlook | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists."""
         return asdict(self)
+
+    def line(self) -> str:
+        """The most important of it in one line."""
+        text = f"{self.source}: {size(self.source_bytes)} become {size(self.output_bytes)}"
+        if self.outlook is None:
+            return text
+        found = self.outlook
+        gpu = f", {size(found.gpu_bytes)} on the GPU" if found.gpu_bytes else ""
+        time = f", {duration(found.seconds)} of time" if found.seconds is not None else ""
+        memory, disk = size(found.memory_bytes), size(found.disk_bytes)
+        return f"{text}; it takes about {memory} of memory{gpu}, {disk} of disk{time}"
 
 
 def group_problems(shapes: Mapping[str, tuple[int, int]], recipe: Recipe) -> list[Problem]:
@@ -98,17 +103,12 @@ def group_problems(shapes: Mapping[str, tuple[int, int]], recipe: Recipe) -> lis
         shapes: matrix -> (N, K), as `quantize.quantizable` gives them.
         recipe: what shall be done.
     """
-    bad = {
-        name: K
-        for name, (_, K) in shapes.items()
-        if (scheme := recipe.scheme_for(name)) and not scheme.divides(K)
-    }
     problems = []
-    for K in sorted(set(bad.values())):
-        kinds = list(dict.fromkeys(_kind(name) for name in bad if bad[name] == K))
-        advice = " or ".join(f"--group-size {g}" for g in [*(g for g in GROUPS if K % g == 0), -1])
+    for bad in undivided(input_widths(shapes), recipe.scheme_for):
+        kinds = list(dict.fromkeys(_kind(name) for name in bad.names))
+        advice = " or ".join(f"--group-size {g}" for g in bad.fits)
         skip = " ".join(f"--skip {kind.rpartition('.')[2]}" for kind in kinds)
-        what = f"group size {recipe.scheme.group_size} does not divide their {K} inputs"
+        what = f"group size {bad.group_size} does not divide their {bad.in_features} inputs"
         problems.append(Problem(", ".join(kinds), what, f"{advice}, or {skip}", True))
     return problems
 
@@ -165,54 +165,45 @@ def _cut(plan: Mapping[str, str], name: str) -> str | None:
     return None
 
 
-def engines(
-    model: PreTrainedModel, shapes: Mapping[str, tuple[int, int]], recipe: Recipe
-) -> list[Engine]:
-    """Who loads the result. FORMATS are compressed-tensors `pack-quantized` in every case."""
-    schemes = {s for name in shapes if (s := recipe.scheme_for(name))}
-    symmetric = all(s.symmetric for s in schemes)
-    widths = sorted({s.bits for s in schemes})
-    common = all(bits in (4, 8) for bits in widths)
-    modules = dict(model.named_modules())
-    odd = sorted({type(m).__name__ for n in shapes if (m := modules.get(n)) and not _plain(m)})
-    experts = any(name.rpartition(".")[2] in STACKS and name not in modules for name in shapes)
-    stock = Engine("stock transformers", True, "with compressed-tensors; weights become dense")
-    if not symmetric:
-        stock = Engine(stock.name, False, "it refuses zero points: use --symmetric")
-    elif odd:
-        stock = Engine(stock.name, False, f"it does not know {', '.join(odd)} as linear layers")
-    text = f"{' and '.join(map(str, widths))} bits"
-    vllm = Engine("vLLM", True, "per GPU: N a multiple of 64, K of 128")
-    small = sorted({K for n, (_, K) in shapes.items() if recipe.scheme_for(n) and K % 128})
-    if small:  # its fast kernel, Marlin, refuses; others may take it
-        vllm = Engine("vLLM", None, f"on GPUs not tried where K={small[0]} is no multiple of 128")
-    sglang = Engine("SGLang", True, "from its source, not run")
-    if not common:
-        vllm = Engine("vLLM", None, f"{text}: not tried; 4 and 8 bits are known to load")
-        sglang = Engine("SGLang", False, f"{text}: it reads 4 and 8 bits only")
-    elif experts and not symmetric:
-        sglang = Engine("SGLang", None, "mixtures with zero points: doubtful; use --symmetric")
-    return [
-        Engine("llmq (transformers with llmq)", True, "weights stay packed"),
-        stock,
-        vllm,
-        sglang,
-    ]
-
-
-def _plain(module: nn.Module) -> bool:
-    return type(module) is nn.Linear
-
-
 def disk_problems(out: str | os.PathLike[str], needed: int) -> list[Problem]:
-    """Whether the disk of the folder `out` has `needed` bytes left."""
-    path = Path(out).expanduser().resolve()
-    ancestor = next(p for p in (path, *path.parents) if p.exists())
-    free = shutil.disk_usage(ancestor).free
+    """Whether the disk of the folder `out` has `needed` bytes left.
+
+    What an unfinished run into `out` has written counts as free: it will be used, or removed.
+    """
+    work = Workplace(out).folder
+    files = work.rglob("*") if work.is_dir() else ()
+    written = sum(path.stat().st_size for path in files if path.is_file())
+    free = machine.free_disk(out) + written
     if free >= needed:
         return []
-    what = f"{needed} bytes are needed, {free} are free"
-    return [Problem(str(out), what, "another disk, or free some space", True)]
+    what = f"{size(needed)} are needed, {size(free)} are free: {size(needed - free)} too few"
+    return [Problem("disk", what, "another disk, or free some space", True)]
+
+
+def memory_problems(shape: Shape, job: Job, device: str) -> list[Problem]:
+    """Whether a run fits into the memory that is free now; fatal only where there is no doubt."""
+    found = lacking(shape, job, device)
+    if found is None:
+        return []
+    place, needed, free = found
+    what = (
+        f"about {size(needed)} more are needed, {size(free)} are free: {size(needed - free)} "
+        "too few"
+    )
+    return [Problem(place, what, advice(shape, job, device), SURE * needed > free)]
+
+
+def refuse(found: Plan) -> None:
+    """Raise the first problem that makes a run impossible.
+
+    Raises:
+        MemoryLimitError, OutputError, SchemeError: with what would work.
+    """
+    errors = {"memory": MemoryLimitError, "GPU memory": MemoryLimitError, "disk": OutputError}
+    for problem in found.problems:
+        if problem.fatal:
+            kind = errors.get(problem.where, SchemeError)
+            raise kind(f"{problem.where}: {problem.what}. Use {problem.fix}.")
 
 
 def _kind(name: str) -> str:
@@ -228,6 +219,10 @@ def make(
     *,
     ranks: Sequence[int] = (1,),
     out: str | os.PathLike[str] = ".",
+    job: Job | None = None,
+    device: str = "cpu",
+    average: float | None = None,
+    timed: bool = True,
 ) -> Plan:
     """Plan a run.
 
@@ -238,38 +233,61 @@ def make(
         recipe: what shall be done.
         ranks: numbers of GPUs that shall share the result by tensor parallelism.
         out: where it shall be written.
+        job: how it shall be done, for memory and time; None = these are not asked for.
+        device: where.
+        average: bits that matrices have on average, if not those of the recipe.
+        timed: measure the speed of the device, for the time.
     """
-    model = outline(config, model_dtype(config, headers))
+    dtype = model_dtype(config, headers)
+    model = outline(config, dtype)
     parameters = sum(p.numel() for p in model.parameters())
     check_experts(model, recipe)
     shapes = quantizable(model, recipe.lm_head)
     problems = group_problems(shapes, recipe)
     problems += [p for n in ranks for p in parallel_problems(model, shapes, recipe, n)]
     serving = tuple(engines(model, shapes, recipe))
+    known = shape_of(model, recipe) if job else None
     # A stack of experts is a parameter itself; a tied output layer shares one.
     tensors = dict(model.named_parameters(remove_duplicate=False))
     counts = {n: (tensors[n] if n in tensors else tensors[f"{n}.weight"]).numel() for n in shapes}
     chosen = {n: s for n in shapes if (s := recipe.scheme_for(n)) and s.divides(shapes[n][1])}
-    pack_outline(model, chosen)
-    size = stored_bytes(model, set(headers))
+    weights = sum(counts[name] for name in chosen)
+    written, packed = _packed_bytes(model, chosen, set(headers))
+    if average is not None:  # every bit more or less is one of every weight
+        change = int((average - recipe.scheme.bits) * weights / 8)
+        written, packed = written + change, packed + change
+    source_bytes = sum(header.nbytes for header in headers.values())
+    outlook = None
+    if job and known:
+        outlook = foresee(known, job, written, device, dtype, timed)
+        problems += memory_problems(known, job, device)
+    needed = outlook.disk_bytes + _LEAST if outlook else written
+    return Plan(
+        source=source,
+        parameters=parameters,
+        matrices=len(chosen),
+        quantized_weights=weights,
+        source_bytes=source_bytes,
+        output_bytes=written,
+        bits_per_weight=8 * packed / weights if weights else 0.0,
+        problems=(*problems, *disk_problems(out, needed)),
+        engines=serving,
+        outlook=outlook,
+    )
+
+
+def _packed_bytes(
+    model: PreTrainedModel, schemes: Mapping[str, QuantScheme], known: set[str]
+) -> tuple[int, int]:
+    """Of all files, and of what is packed in them; `model` is packed."""
+    pack_outline(model, schemes)
     packed = sum(
         p.nbytes
         for _, module in packed_modules(model)
         for key, p in module.named_parameters()
         if "bias" not in key
     )
-    weights = sum(counts[name] for name in chosen)
-    return Plan(
-        source=source,
-        parameters=parameters,
-        matrices=len(chosen),
-        quantized_weights=weights,
-        source_bytes=sum(header.nbytes for header in headers.values()),
-        output_bytes=size,
-        bits_per_weight=8 * packed / weights if weights else 0.0,
-        problems=(*problems, *disk_problems(out, size)),
-        engines=serving,
-    )
+    return stored_bytes(model, known), packed
 
 
 def model_dtype(config: Any, headers: Mapping[str, Header]) -> torch.dtype:

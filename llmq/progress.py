@@ -7,18 +7,42 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
-def remaining(elapsed: float, done: int, total: int, before: int = 0) -> str:
-    """The time that the rest takes at the average speed so far: "1:02:03"; "-:--" at first.
+class Pace:
+    """Tells how long the rest takes, from the times at which steps were finished.
+
+    The first step of a run has to wait for everything that is done once, so that it does not count
+    as soon as there is another one.
 
     Args:
-        elapsed: seconds so far.
-        done: steps that are finished, `before` of them before the clock started.
+        start: when the clock started, in seconds.
         total: steps in all.
+        before: how many of them were finished by an earlier run.
     """
-    if done <= before:
-        return "-:--"
-    seconds = round(elapsed * (total - done) / (done - before))
-    hours, rest = divmod(seconds, 3600)
+
+    def __init__(self, start: float, total: int, before: int = 0) -> None:
+        self._total = total
+        self._first = self._origin = self._last = (start, before)
+
+    def note(self, now: float, done: int) -> None:
+        """Take in that `done` steps are finished at the time `now`."""
+        if done <= self._last[1]:
+            return
+        if self._first == self._origin:
+            self._first = (now, done)
+        self._last = (now, done)
+
+    def remaining(self) -> float | None:
+        """Seconds from the last finished step to the end; None before the first one."""
+        if self._last == self._origin:
+            return None
+        since = self._first if self._last != self._first else self._origin
+        rate = (self._last[0] - since[0]) / (self._last[1] - since[1])
+        return rate * (self._total - self._last[1])
+
+
+def duration(seconds: float) -> str:
+    """ "1:02:03", "2:03" """
+    hours, rest = divmod(round(seconds), 3600)
     minutes = f"{rest // 60:02}" if hours else str(rest // 60)
     return f"{hours}:{minutes}:{rest % 60:02}" if hours else f"{minutes}:{rest % 60:02}"
 
@@ -53,10 +77,12 @@ def progress_bar(
         disable=not console.is_terminal,
     ) as progress:
         task = progress.add_task(label, total=total, completed=before, left="-:--")
-        start = time.monotonic()
+        pace = Pace(time.monotonic(), total, before)
 
         def advance(done: int) -> None:
-            left = remaining(time.monotonic() - start, done, total, before)
+            pace.note(time.monotonic(), done)
+            seconds = pace.remaining()
+            left = "-:--" if seconds is None else duration(seconds)
             progress.update(task, completed=max(done, before), left=left)
 
         yield advance

@@ -19,16 +19,19 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from llmq.adapters import as_linears, run_copy, run_dtype, shared_copy
 from llmq.blocks import (
+    Call,
     decoder_blocks,
+    forget_outputs,
     head_inputs,
     keep_outputs,
     linears,
@@ -40,12 +43,14 @@ from llmq.errors import IntegrityError, NonFiniteError, SchemeError
 from llmq.moments import second_moments
 from llmq.nn import STACKS, PackedLinear, is_stacked_experts
 from llmq.objective import Problem, Twin, posed
-from llmq.scheme import QuantizedWeight, QuantScheme
+from llmq.retry import Effort, Retries
+from llmq.scheme import QuantizedWeight, QuantScheme, check_groups
 from llmq.solvers import Solver
 from llmq.solvers.awq import AWQ
 from llmq.solvers.gptq import GPTQ
 from llmq.store import InMemory, LayerReport, Store
 
+EXPLODED = 1e6  # sound blocks multiply hidden states by a thousand at most
 PROBE = 32  # tokens with which structure is observed and smoothing pairs are proven
 
 
@@ -99,6 +104,97 @@ def quantizable(model: nn.Module, lm_head: bool = False) -> dict[str, tuple[int,
     return found
 
 
+def input_widths(shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+    """K of every matrix, from its (N, K)."""
+    return {name: K for name, (_, K) in shapes.items()}
+
+
+@dataclass
+class _Solution:
+    """What became of a block.
+
+    Attributes:
+        effort: how it was solved.
+        runs: the block with its quantized weights and, if the full-precision stream is carried
+            along, without: what each stream goes through.
+        solved: per matrix or stack, one result, or one per expert.
+        reports: one per matrix.
+    """
+
+    effort: Effort
+    runs: list[nn.Module]
+    solved: dict[str, list[QuantizedWeight]] = field(default_factory=dict)
+    reports: list[LayerReport] = field(default_factory=list)
+
+    def behind(self, run: nn.Module, states: Tensor, call: Call, effort: Effort) -> Tensor:
+        """What leaves `run` if `states` (B, T, D) enter it, where these are."""
+        if effort != self.effort:
+            forget_outputs(run)
+            run.to(effort.device)
+        pieces = zip(effort.states([states]), effort.calls([call], [states]), strict=True)
+        found = [
+            run_block(run, piece, own).to(states.device, states.dtype) for piece, own in pieces
+        ]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+
+@dataclass
+class _BlockJob:
+    """A block that is to be solved.
+
+    Attributes:
+        block: dense, with its weights.
+        name: of it.
+        streams: per stream, the hidden states (B, T, D) of every batch that enter it.
+        calls: per batch, the rest of its arguments.
+        probe: those for a few tokens.
+        recipe: what to do.
+        lean: whether to keep nothing that can be computed again.
+        smoothed: whether channels are scaled already.
+    """
+
+    block: nn.Module
+    name: str
+    streams: Sequence[Sequence[Tensor]]
+    calls: Sequence[Call]
+    probe: Call
+    recipe: Recipe
+    lean: bool
+    smoothed: bool = False
+
+    def solve(self, effort: Effort) -> _Solution:
+        """Solve every matrix; `block` only changes where channels are smoothed."""
+        recipe, name = self.recipe, self.name
+        view = as_linears(shared_copy(self.block))  # the block's own tensors
+        hidden, *more = (effort.states(stream) for stream in self.streams)
+        calls = effort.calls(self.calls, self.streams[0])
+        dtype = hidden[0].dtype
+        work = run_copy(view, effort.device, dtype)  # what runs, and takes on quantized weights
+        probe = (hidden[0][:1, :PROBE], self.probe.to(effort.device, dtype))
+        schemes = {n: s for n in linears(view) if (s := recipe.scheme_for(f"{name}.{n}"))}
+        if recipe.awq and not self.smoothed:
+            recipe.awq.smooth(view, work, schemes, hidden, calls, probe)
+            self.smoothed = True
+        groups = shared_input_groups(work, *probe)
+        twin = Twin(work, more[0], groups, probe) if more else None
+        solution = _Solution(effort, [work, twin.block] if twin else [work])
+        done: set[str] = set()
+        for group in groups:
+            done.update(group)
+            chosen = {n: schemes[n] for n in group if n in schemes}
+            if not chosen:
+                continue
+            problems = posed(work, group[0], hidden, calls, twin)
+            _check(problems, f"{name}.{group[0]}")
+            for linear, found, q in _solve_group(view, work, chosen, problems, recipe.solver):
+                solution.solved[linear] = q
+                solution.reports += [_sound(_named(report, name)) for report in found]
+            if not self.lean:
+                for run in solution.runs:
+                    keep_outputs(run, done, len(calls))
+        return solution
+
+
 @torch.no_grad()
 def quantize(
     model: nn.Module,
@@ -118,10 +214,10 @@ def quantize(
 
     Raises:
         SchemeError: the group size does not divide a layer; nothing has been changed then.
-        NonFiniteError: an activation is NaN or infinite.
+        NonFiniteError: an activation is NaN, infinite or explodes.
         IntegrityError: a solver returned NaN.
     """
-    check_groups(quantizable(model, recipe.lm_head), recipe)
+    check_groups(input_widths(quantizable(model, recipe.lm_head)), recipe.scheme_for)
     check_experts(model, recipe)
     prefix, blocks = decoder_blocks(model)
     store = store or InMemory(blocks)
@@ -144,70 +240,36 @@ def quantize(
         full.extend(hidden)
 
     yield from store.done
+    retries = Retries(where)
     for i in range(store.start, len(blocks)):
-        block = store.open(i)
-        view = as_linears(shared_copy(block))  # the block's own tensors
-        work = run_copy(view, where, dtype)  # what runs, and takes on quantized weights
-        calls = [call.to(where, dtype) for call in recording.calls[i]]
-        probe = (hidden[0][:1, :PROBE], probes.calls[i][0].to(where, dtype))
-        names = {n: s for n in linears(view) if (s := recipe.scheme_for(f"{prefix}.{i}.{n}"))}
-        if recipe.awq:
-            recipe.awq.smooth(view, work, names, hidden, calls, probe)
-        groups = shared_input_groups(work, *probe)
-        twin = Twin(work, full, groups, probe) if recipe.match else None
-        solved: dict[str, list[QuantizedWeight]] = {}
-        reports: list[LayerReport] = []
-        done: set[str] = set()
-        for group in groups:
-            done.update(group)
-            chosen = {n: names[n] for n in group if n in names}
-            if not chosen:
-                continue
-            problems = posed(work, group[0], hidden, calls, twin)
-            _check(problems, f"{prefix}.{i}.{group[0]}")
-            for name, found, results in _solve_group(view, work, chosen, problems, recipe.solver):
-                solved[name] = results
-                reports += [_sound(_named(report, f"{prefix}.{i}")) for report in found]
-                yield from reports[-len(found) :]
-            if not store.lean:
-                keep_outputs(work, done, len(calls))
-                if twin:
-                    keep_outputs(twin.block, done, len(calls))
-        for b, call in enumerate(calls):
-            hidden[b] = _finite(run_block(work, hidden[b], call), f"{prefix}.{i}")
-            if twin:
-                full[b] = run_block(twin.block, full[b], call)
-        del view, work, twin
-        store.close(i, block, solved, reports)
-        recording.calls[i].clear()
+        block, name = store.open(i), f"{prefix}.{i}"
+        calls = recording.calls[i]
+        job = _BlockJob(block, name, streams, calls, probes.calls[i][0], recipe, store.lean)
+        solution = retries.run(name, job.solve)
+        yield from solution.reports
+        _advance(solution, name, streams, calls, retries)
+        store.close(i, block, solution.solved, solution.reports)
+        calls.clear()
+        del block, job, solution
     if recipe.lm_head:
         with store.outer():
             inputs = head_inputs(model, blocks, batches, hidden, recording.returns_tuple)
             yield from _quantize_head(model, inputs, recipe)
 
 
-def check_groups(shapes: dict[str, tuple[int, int]], recipe: Recipe) -> None:
-    """Refuse a group size that does not divide some layer, with what would.
-
-    Raises:
-        SchemeError: lists the layers.
-    """
-    bad = {
-        name: K
-        for name, (_, K) in shapes.items()
-        if (scheme := recipe.scheme_for(name)) and not scheme.divides(K)
-    }
-    if not bad:
-        return
-    listed = ", ".join(f"{name} (in_features={K})" for name, K in list(bad.items())[:6])
-    more = f" and {len(bad) - 6} more" if len(bad) > 6 else ""
-    fits = [g for g in (128, 64, 32) if all(K % g == 0 for K in bad.values())]
-    ends = sorted({".".join(name.split(".")[-2:]) for name in bad})
-    raise SchemeError(
-        f"group_size={recipe.scheme.group_size} does not divide {listed}{more}. "
-        f"Use group_size={' or '.join(map(str, [*fits, -1]))}, or skip these layers: "
-        + " ".join(f"--skip '{end}'" for end in ends)
-    )
+def _advance(
+    solution: _Solution,
+    name: str,
+    streams: Sequence[MutableSequence[Tensor]],
+    calls: Sequence[Call],
+    retries: Retries,
+) -> None:
+    """Carry the streams through the block `name`, the full-precision one first; it runs no more."""
+    for run, stream in reversed(list(zip(solution.runs, streams, strict=True))):
+        for b, call in enumerate(calls):
+            step = partial(solution.behind, run, stream[b], call)
+            stream[b] = _sane(retries.run(name, step, solution.effort), stream[b], name)
+    solution.runs.clear()
 
 
 def check_experts(model: nn.Module, recipe: Recipe) -> None:
@@ -261,21 +323,31 @@ def _check(problems: list[Problem], name: str) -> None:
     """
     if not all(problem.finite() for problem in problems):
         raise NonFiniteError(
-            f"{name}: its input is NaN or infinite in calibration. The model overflows in its "
-            "dtype on this text; convert it to bfloat16 or float32."
+            f"{name}: its input is NaN or infinite, or too large to square. The model overflows in "
+            "its dtype on this text; convert it to bfloat16 or float32."
         )
 
 
-def _finite(states: Tensor, block: str) -> Tensor:
-    """`states`, if they are finite.
+def _sane(states: Tensor, before: Tensor, block: str) -> Tensor:
+    """`states` behind a block, if they are finite and not out of all proportion to those `before`.
 
     Raises:
         NonFiniteError: names the block.
     """
+    size, entered = (
+        float(torch.linalg.vector_norm(t, dtype=torch.float32)) for t in (states, before)
+    )
     if not bool(states.isfinite().all()):
         raise NonFiniteError(
             f"{block}: its output is NaN or infinite in calibration. The model overflows in its "
             "dtype on this text; convert it to bfloat16 or float32."
+        )
+    growth = size / max(entered, 1.0)
+    if growth > EXPLODED:
+        raise NonFiniteError(
+            f"{block}: its output is {growth:.1g} times as large as its input in "
+            "calibration: it explodes. A weight of this block is damaged, or its config.json is "
+            "of another model."
         )
     return states
 
@@ -289,28 +361,35 @@ def _solve_group(
 ) -> Iterator[tuple[str, list[LayerReport], list[QuantizedWeight]]]:
     """Solve linears that read the same tensor and give `work` their quantized weights.
 
-    Rows never interact, so linears with one scheme are solved as one tall matrix. Yields per
-    linear its name, and one report and one result for each of its experts (one if it has none).
+    Rows never interact, so linears with one scheme are solved as one tall matrix. `problems` is
+    emptied on the way. Yields per linear its name, and one report and one result for each of its
+    experts (one if it has none).
     """
-    for scheme in dict.fromkeys(schemes.values()):
-        names = [n for n in schemes if schemes[n] == scheme]
-        reports: dict[str, list[LayerReport]] = {n: [] for n in names}
-        results: dict[str, list[QuantizedWeight]] = {n: [] for n in names}
-        for e, problem in enumerate(problems):
-            H = problem.H
+    reports: dict[str, list[LayerReport]] = {n: [] for n in schemes}
+    results: dict[str, list[QuantizedWeight]] = {n: [] for n in schemes}
+    several = len(problems) > 1
+    e = 0
+    while problems:
+        problem = problems.pop(0)
+        H, tokens = problem.H, problem.tokens
+        targets = {n: problem.target(_matrix(view, n, e).to(H.device)) for n in schemes}
+        moment = problem.moment()
+        del problem  # what targets are made of may be as large as what solving takes
+        for scheme in dict.fromkeys(schemes.values()):
+            names = [n for n in schemes if schemes[n] == scheme]
             start = time.perf_counter()
-            weights = [problem.target(_matrix(view, n, e).to(H.device)) for n in names]
-            tall = solver.solve(torch.cat(weights), problem.moment(), scheme)
+            weights = [targets.pop(n) for n in names]
+            tall = solver.solve(torch.cat(weights), moment, scheme)
             seconds = (time.perf_counter() - start) / len(names)
             for n, W, q in zip(names, weights, _split(tall, weights), strict=True):
                 _matrix(work, n, e).copy_(q.dequantize())
-                label = _expert_name(n, e) if len(problems) > 1 else n
+                label = _expert_name(n, e) if several else n
                 error = relative_error(W, q, H)
-                report = LayerReport(label, q.shape, scheme, error, problem.tokens, seconds)
-                reports[n].append(report)
+                reports[n].append(LayerReport(label, q.shape, scheme, error, tokens, seconds))
                 results[n].append(q)
-        for n in names:
-            yield n, reports[n], results[n]
+        e += 1
+    for n in schemes:
+        yield n, reports[n], results[n]
 
 
 def _expert_name(stack: str, expert: int) -> str:
@@ -320,10 +399,13 @@ def _expert_name(stack: str, expert: int) -> str:
 
 def relative_error(W: Tensor, q: QuantizedWeight, H: Tensor) -> float:
     """tr(D H D^T) / tr(W H W^T) with D = dequantized - W; 0 if the layer's output is 0."""
-    W = W.float()
-    delta = q.dequantize(torch.float32) - W
-    size = float(((W @ H) * W).sum())
-    return float(((delta @ H) * delta).sum()) / size if size > 0 else 0.0
+    lost = size = 0.0
+    for rows in q.slices():
+        part = W[rows].float()
+        delta = q.rows(rows).dequantize(torch.float32) - part
+        size += float(((part @ H) * part).sum())
+        lost += float(((delta @ H) * delta).sum())
+    return lost / size if size > 0 else 0.0
 
 
 def _matrix(block: nn.Module, name: str, expert: int) -> Tensor:

@@ -6,9 +6,11 @@ one process nothing here does anything.
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 from torch import Tensor, distributed
@@ -16,13 +18,27 @@ from torch import Tensor, distributed
 from llmq.errors import ProcessError
 
 T = TypeVar("T")
+_ENDED = (
+    "Another process of this run has ended. Its own message says why; the same command goes on "
+    "after the last finished block."
+)
 
 
 def join(device: str) -> None:
-    """Join the processes that torchrun has started; nothing if it has not."""
+    """Join the processes that torchrun has started; nothing if it has not.
+
+    If one of them ends, torchrun stops the others with a signal, which becomes a ProcessError: what
+    they have finished is kept, and their locks are freed.
+    """
     if distributed.is_available() and distributed.is_torchelastic_launched():
         if not distributed.is_initialized():
             distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, _stopped)
+
+
+def _stopped(*_: object) -> NoReturn:
+    raise ProcessError(_ENDED)
 
 
 def count() -> int:
@@ -73,7 +89,4 @@ def _others_alive() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # what gloo and NCCL raise if another process has died
-        raise ProcessError(
-            "Another process of this run has ended. Its own message says why; the same command "
-            "goes on after the last finished block."
-        ) from error
+        raise ProcessError(_ENDED) from error

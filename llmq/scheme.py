@@ -8,7 +8,8 @@ algorithm, a file layout or a device; everything else in llmq passes `QuantizedW
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -71,6 +72,66 @@ class QuantScheme:
 
 
 @dataclass(frozen=True)
+class Undivided:
+    """Matrices of one input width that the group size does not divide.
+
+    Attributes:
+        names: of the matrices.
+        group_size: of their scheme.
+        in_features: their input width K.
+        fits: group sizes that would do.
+    """
+
+    names: tuple[str, ...]
+    group_size: int
+    in_features: int
+    fits: tuple[int, ...]
+
+
+def undivided(
+    widths: Mapping[str, int], scheme_for: Callable[[str], QuantScheme | None]
+) -> list[Undivided]:
+    """Matrices that their group size does not divide, by group size and input width.
+
+    Args:
+        widths: matrix -> K.
+        scheme_for: matrix -> its scheme, or None if it is not quantized.
+    """
+    bad: dict[tuple[int, int], list[str]] = {}
+    for name, K in widths.items():
+        scheme = scheme_for(name)
+        if scheme and not scheme.divides(K):
+            bad.setdefault((scheme.group_size, K), []).append(name)
+    return [
+        Undivided(tuple(names), G, K, (*(g for g in (128, 64, 32) if K % g == 0), -1))
+        for (G, K), names in bad.items()
+    ]
+
+
+def check_groups(
+    widths: Mapping[str, int], scheme_for: Callable[[str], QuantScheme | None]
+) -> None:
+    """Refuse a group size that does not divide some matrix, with what would; see `undivided`.
+
+    Raises:
+        SchemeError: lists the matrices.
+    """
+    bad = undivided(widths, scheme_for)
+    if not bad:
+        return
+    named = [f"{name} (in_features={b.in_features})" for b in bad for name in b.names]
+    listed = ", ".join(named[:6]) + (f" and {len(named) - 6} more" if len(named) > 6 else "")
+    fits = [str(g) for g in bad[0].fits if all(g in b.fits for b in bad)]
+    names = [name.removesuffix(".weight") for b in bad for name in b.names]
+    ends = sorted({".".join(name.split(".")[-2:]) for name in names})
+    raise SchemeError(
+        f"group_size={bad[0].group_size} does not divide {listed}. "
+        f"Use group_size={' or '.join(fits)}, or skip these layers: "
+        + " ".join(f"--skip '{end}'" for end in ends)
+    )
+
+
+@dataclass(frozen=True)
 class QuantizedWeight:
     """One quantized matrix, unpacked: the value that solvers return and formats write.
 
@@ -93,6 +154,16 @@ class QuantizedWeight:
     def shape(self) -> tuple[int, int]:
         """(N, K)"""
         return self.codes.shape[0], self.codes.shape[1]
+
+    def slices(self, weights: int = 1 << 22) -> Iterator[slice]:
+        """Its rows in pieces of about so many weights, for sums whose terms are wide."""
+        step = max(1, weights // self.shape[1])
+        for start in range(0, self.shape[0], step):
+            yield slice(start, start + step)
+
+    def rows(self, rows: slice) -> QuantizedWeight:
+        """Some of its rows."""
+        return replace(self, codes=self.codes[rows], scale=self.scale[rows], zero=self.zero[rows])
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The matrix (N, K) these codes stand for, in `dtype` (default: the scale's).

@@ -44,6 +44,7 @@ class Streamed:
         gate: judges the result; its streams are kept beside those of the flow. None in a process
             that does not write.
         spill: keep hidden states in memory-mapped files instead of in memory.
+        finished: is called with the number of finished blocks after each of them.
 
     Raises:
         OutputError: nothing can be written any more.
@@ -51,12 +52,18 @@ class Streamed:
     """
 
     def __init__(
-        self, source: StoredModel, work: Workplace, gate: Gate | None, spill: bool = False
+        self,
+        source: StoredModel,
+        work: Workplace,
+        gate: Gate | None,
+        spill: bool = False,
+        finished: Callable[[int], None] | None = None,
     ) -> None:
         self._source = source
         self._work = work
         self._gate = gate
         self.lean = spill
+        self._finished = finished
         self._judged: States  # the gate's
         self._kept: list[list[dict[str, Any]]] = []  # what the journal names of this process
         self._streams: list[MutableSequence[Tensor]] = []
@@ -117,6 +124,8 @@ class Streamed:
             ranks.of_the_first(None)  # what is old is needed until the journal is written
             for file in old - {entry["file"] for new in self._kept for entry in new}:
                 (self._work.folder / file).unlink()
+        if self._finished:
+            self._finished(index + 1)
 
     def finish(self) -> tuple[dict[str, str], dict[str, Any]]:
         """Write the checkpoint into `work.result`, from finished blocks and the rest.

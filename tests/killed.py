@@ -1,11 +1,12 @@
-"""Run `llmq.quantize` in processes that kill themselves. A script: JSON in, JSON out.
+"""Run `llmq.quantize` in processes that are killed. A script: JSON in, JSON out.
 
-    in   [{"src": ..., "out": ..., "kill": N or 0, "options": {...}}, ...]
-    out  [{"status": exit status (-9 if killed), "steps": N}, ...]
+    in   [{"src": ..., "out": ..., "kill": N, "after": seconds, "options": {...}}, ...]
+    out  [{"status": exit status (-9 if killed), "steps": N, "seconds": ...}, ...]
 
 A step is anything that a run is about to do to a file of its own: open it for writing, rename it,
-remove it, make a folder. A job dies by SIGKILL right before its step number `kill`. Jobs are forks
-of one process, so that libraries are imported only once.
+remove it, make a folder. A job dies by SIGKILL right before its step number `kill`, or `after` some
+time wherever it is; 0 = never. Jobs are forks of one process, so that libraries are imported only
+once.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +58,16 @@ def main() -> None:
                 sys.stderr.flush()
                 os._exit(status)
         os.close(writing)
+        start = time.monotonic()
+        if job.get("after"):
+            time.sleep(job["after"])
+            os.kill(child, signal.SIGKILL)  # it is a zombie if it has come to its end
         _, status = os.waitpid(child, 0)
+        seconds = time.monotonic() - start
         steps = os.read(reading, 100)
         os.close(reading)
-        found.append({"status": os.waitstatus_to_exitcode(status), "steps": int(steps or 0)})
+        code = os.waitstatus_to_exitcode(status)
+        found.append({"status": code, "steps": int(steps or 0), "seconds": seconds})
     print(json.dumps(found))  # noqa: T201
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig
-from zoo import ARCHITECTURES, save_tiny
+from zoo import ARCHITECTURES, save_tiny, tiny_text
 
-from llmq import api, plan
-from llmq.errors import SchemeError, SourceError
+from llmq import api, machine, needs, outlook, plan
+from llmq.errors import MemoryLimitError, OutputError, SchemeError, SourceError
 from llmq.hf.outline import outline, stored_bytes
 from llmq.hf.saving import save
+from llmq.ladder import METHODS, QUALITIES
+from llmq.operations import operations
 from llmq.quantize import Recipe, quantizable
 from llmq.scheme import QuantScheme
 from llmq.solvers.rtn import RTN
@@ -56,11 +60,11 @@ def test_size_of_shards_and_their_index(tmp_path: Path) -> None:
     assert stored_bytes(model.to("meta"), known, "100kB") == written(tmp_path / "shards")
 
 
-def big_llama() -> tuple[LlamaConfig, dict[str, Header]]:
+def big_llama(layers: int = 80) -> tuple[LlamaConfig, dict[str, Header]]:
     config = LlamaConfig(
         hidden_size=8192,
         intermediate_size=28672,
-        num_hidden_layers=80,
+        num_hidden_layers=layers,
         num_attention_heads=64,
         num_key_value_heads=8,
         vocab_size=128256,
@@ -82,6 +86,140 @@ def test_seventy_billion_weights_are_planned_without_reading_one() -> None:
     assert not found.problems
     [disk] = plan.disk_problems(".", 10**18)
     assert disk.fatal
+
+
+GIB = 1 << 30
+
+
+def job_of(recipe: Recipe, windows: int = 128, lean: bool = False) -> needs.Job:
+    return outlook.job(recipe, windows, 512, lean, scan=False)
+
+
+def peak(shape: needs.Shape, job: needs.Job) -> int:
+    return max(phase.on_device + phase.on_host for phase in needs.memory(shape, job))
+
+
+def test_shapes_of_blocks_and_of_experts() -> None:
+    config, _ = big_llama()
+    found = outlook.shape(outline(config, torch.bfloat16), Recipe())
+    assert found.blocks == 80
+    assert found.block_bytes == 855_654_400 * 2
+    assert found.rest_bytes == 2 * (2 * 128256 * 8192 + 8192)
+    q, o, up, down = found.groups
+    assert (q.rows, q.widest, q.columns) == (8192 + 2 * 1024, 8192, 8192)
+    assert (o.rows, o.columns) == (8192, 8192)
+    assert (up.rows, up.widest, up.columns) == (2 * 28672, 28672, 8192)
+    assert (down.rows, down.columns) == (8192, 28672)
+    config = ARCHITECTURES["qwen3_moe"]
+    *_, up, down = outlook.shape(outline(config, torch.float32), Recipe()).groups
+    assert (up.experts, up.active, up.rows, up.columns) == (4, 2, 2 * 64, 128)
+    assert (down.experts, down.active, down.rows, down.columns) == (4, 2, 128, 64)
+
+
+def test_memory_of_seventy_billion_weights() -> None:
+    """One Hessian of the widest layer has 3.3 GB; GPTQ holds four times that at once."""
+    config, _ = big_llama()
+    shape = outlook.shape(outline(config, torch.bfloat16), Recipe())
+    square = 4 * 28672**2
+    gptq = job_of(METHODS["gptq"])
+    solving = max(needs.memory(shape, gptq), key=lambda phase: phase.on_device)
+    assert solving.name == "solving"
+    assert solving.device["second moments"] == square
+    assert 3 * square < solving.device["solver"] < 3.3 * square
+    states = 128 * 512 * 8192 * 2
+    assert solving.device["hidden states"] == states
+    assert peak(shape, gptq) < 24 * GIB
+    assert peak(shape, job_of(METHODS["gptq"], lean=True)) == peak(shape, gptq) - 2 * states
+    more = peak(shape, job_of(METHODS["gptq"], 256))
+    assert more == peak(shape, gptq) + 2 * states
+    assert peak(shape, job_of(QUALITIES["balanced"])) > peak(shape, gptq) + 2 * square
+    longer = dataclasses.replace(shape, blocks=160)
+    assert peak(longer, gptq) == peak(shape, gptq)
+    assert peak(shape, dataclasses.replace(gptq, scan=True)) > 140e9  # the whole model
+
+
+def test_work_grows_with_blocks_and_text() -> None:
+    config, _ = big_llama()
+    shape = outlook.shape(outline(config, torch.bfloat16), Recipe())
+    one, two = (
+        operations(s, job_of(METHODS["gptq"]))
+        for s in (shape, dataclasses.replace(shape, blocks=160))
+    )
+    assert all(two[kind] <= 2 * one[kind] for kind in one)
+    assert two["float64"] == 2 * one["float64"]
+    # A forward pass takes two operations per weight and token; more than one is made.
+    assert one["model"] > 2 * 128 * 512 * 68e9
+    speeds = machine.speeds("cpu", torch.bfloat16)
+    assert speeds.keys() == one.keys()
+    assert all(0 < seconds < 1e-3 for seconds in speeds.values())
+
+
+def test_what_does_not_fit_is_refused_and_what_would_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, headers = big_llama(4)
+    free = {"memory": 20 * GIB, "disk": 10**13}
+    monkeypatch.setattr(machine, "free_memory", lambda device: free["memory"])
+    monkeypatch.setattr(machine, "free_disk", lambda folder: free["disk"])
+
+    def problems(recipe: Recipe) -> list[plan.Problem]:
+        job = job_of(dataclasses.replace(recipe, scheme=QuantScheme()))
+        made = plan.make("70B", config, headers, recipe, out=tmp_path / "out", job=job, timed=False)
+        return list(made.problems)
+
+    assert not problems(METHODS["gptq"])
+    [memory] = problems(QUALITIES["balanced"])
+    assert (memory.where, memory.fatal) == ("memory", True)
+    assert "too few" in memory.what
+    assert memory.fix == "--activations disk --quality fast"
+    free["memory"] = 2 * GIB
+    assert problems(METHODS["gptq"])[0].fix == "a machine with more memory"
+    free |= {"memory": 10**13, "disk": 10**10}
+    [disk] = problems(METHODS["gptq"])
+    assert disk.where == "disk"
+    (tmp_path / ".out.partial").mkdir()
+    with (tmp_path / ".out.partial" / "part").open("wb") as file:
+        file.truncate(10**10)  # sparse; it will be used again
+    assert not problems(METHODS["gptq"])
+    # So does a run, before it begins.
+    save_tiny("llama", tmp_path / "model")
+    free["memory"] = 1 << 20
+    with pytest.raises(MemoryLimitError, match=r"memory: about .* too few\. Use "):
+        api.quantize(tmp_path / "model", tmp_path / "new", group_size=64, device="cpu")
+    free |= {"memory": None, "disk": 1 << 10}  # type: ignore[dict-item]
+    with pytest.raises(OutputError, match=r"disk: .* too few"):
+        api.quantize(tmp_path / "model", tmp_path / "new", group_size=64, device="cpu")
+    assert {path.name for path in tmp_path.iterdir()} == {"model", ".out.partial"}
+
+
+def test_an_average_of_bits(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "model", torch.bfloat16)
+    found = api.plan(tmp_path / "model", bits=3.5, group_size=64, device="cpu")
+    report = api.quantize(
+        tmp_path / "model",
+        tmp_path / "out",
+        bits=3.5,
+        group_size=64,
+        calibration=[tiny_text(300)],
+        samples=4,
+        seq_len=48,
+        device="cpu",
+    )
+    assert found.bits_per_weight == pytest.approx(report["bits_per_weight"], abs=0.1)
+    assert found.output_bytes == pytest.approx(written(tmp_path / "out"), rel=0.02)
+    with pytest.raises(SchemeError, match="an average lies between"):
+        api.plan(tmp_path / "model", bits=1.5)
+
+
+def test_quantize_says_beforehand_what_it_will_take(tmp_path: Path) -> None:
+    source, lines = save_tiny("llama", tmp_path / "model"), []
+    api.quantize(source, tmp_path / "out", method="rtn", group_size=64, tell=lines.append)
+    [line] = lines
+    assert re.fullmatch(
+        r"model: [\d.]+ MB become [\d.]+ kB; it takes about [\d.]+ [MG]B of memory, "
+        r"[\d.]+ MB of disk, 0:\d\d of time",
+        line,
+    )
 
 
 def test_what_several_gpus_cannot_share() -> None:

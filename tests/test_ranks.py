@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,22 +14,31 @@ import torch
 from zoo import save_tiny, tiny_text
 
 from llmq import api, ranks
+from llmq.journal import Workplace
 from llmq.moments import second_moments
 from llmq.report import REPORT_FILE
-from llmq.verify import check
+from llmq.verify import CHECKSUMS, check
 
 HERE = Path(__file__).parent
 LAUNCH = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run"]
 
 
-def quantize(processes: int, source: Path, out: Path, *options: str) -> None:
-    command = [*LAUNCH, "--standalone", "--nproc-per-node", str(processes), "-m", "llmq"]
-    common = ["--samples", "12", "--seq-len", "48", "--group-size", "64", "--device", "cpu"]
+def quantize(
+    processes: int, source: Path, out: Path, *options: str, dies: tuple[int, int] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Of the processes, one may die: its number, and at which step (see dying.py)."""
+    command = [*LAUNCH, "--standalone", "--nproc-per-node", str(processes)]
+    command += [str(HERE / "dying.py"), *map(str, dies or (-1, 0))]
+    common = ["--samples", "24", "--seq-len", "48", "--group-size", "64", "--device", "cpu"]
     text = str(source / "text.txt")
-    subprocess.run(
+    return subprocess.run(
         [*command, "quantize", source, out, "--calibration", text, *common, *options],
         cwd=HERE.parent,
-        check=True,
+        check=not dies,
+        timeout=300,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE.parent / 'kernels'}"},
     )
 
 
@@ -37,7 +47,7 @@ def quantize(processes: int, source: Path, out: Path, *options: str) -> None:
 def test_shares_of_the_text_add_up(name, processes, tmp_path):
     source = save_tiny(name, tmp_path / "model")
     (source / "text.txt").write_text(tiny_text(300))
-    options = {"samples": 12, "seq_len": 48, "group_size": 64, "device": "cpu"}
+    options = {"samples": 24, "seq_len": 48, "group_size": 64, "device": "cpu"}
     text = str(source / "text.txt")
     api.quantize(source, tmp_path / "one", calibration=text, method="gptq", **options)
     quantize(processes, source, tmp_path / "many", "--method", "gptq")
@@ -51,6 +61,7 @@ def test_shares_of_the_text_add_up(name, processes, tmp_path):
 SUMS = """
 import torch
 from llmq import ranks
+from llmq.journal import Workplace
 from llmq.moments import second_moments
 ranks.join("cpu")
 x = torch.randn(40, 12, generator=torch.Generator().manual_seed(0))
@@ -68,7 +79,8 @@ assert all(torch.equal(H, other) for other in ranks.everyones(H))  # to the bit
 def test_second_moments_of_shares_are_those_of_the_whole(processes, tmp_path):
     (tmp_path / "sums.py").write_text(SUMS)
     command = [*LAUNCH, "--standalone", "--nproc-per-node", str(processes), tmp_path / "sums.py"]
-    subprocess.run(command, cwd=HERE.parent, check=True, env=os.environ | {"PYTHONPATH": "."})
+    path = f"{HERE.parent}{os.pathsep}{HERE.parent / 'kernels'}"
+    subprocess.run(command, cwd=HERE.parent, check=True, env=os.environ | {"PYTHONPATH": path})
 
 
 @pytest.mark.slow
@@ -79,6 +91,65 @@ def test_both_streams_in_two_processes(tmp_path):
     quantize(2, source, tmp_path / "b", "--quality", "balanced", "--activations", "disk")
     weights = [(tmp_path / x / "model.safetensors").read_bytes() for x in "ab"]
     assert weights[0] == weights[1]
+
+
+DEATH = """
+import os, signal, sys, time
+from llmq import ranks
+from llmq.errors import ProcessError
+ranks.join("cpu")
+assert ranks.everyones(1) == [1, 1]
+if ranks.number() == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+try:
+    ranks.everyones(2)
+    time.sleep(60)
+except ProcessError as error:
+    print(error, flush=True)
+    sys.exit(1)
+"""
+
+
+def test_the_death_of_one_process_is_told_by_the_others(tmp_path):
+    (tmp_path / "death.py").write_text(DEATH)
+    command = [*LAUNCH, "--standalone", "--nproc-per-node", "2", tmp_path / "death.py"]
+    path = f"{HERE.parent}{os.pathsep}{HERE.parent / 'kernels'}"
+    done = subprocess.run(
+        command,
+        cwd=HERE.parent,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+    assert done.returncode != 0
+    assert "Another process of this run has ended. Its own message says why" in done.stdout
+    assert "SIGKILL" in done.stderr  # torchrun says which
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "dying"), [(2, 1), (2, 0), (4, 2)])
+def test_a_run_goes_on_after_one_of_its_processes_died(processes, dying, tmp_path):
+    source = save_tiny("llama", tmp_path / "model", torch.bfloat16, num_hidden_layers=3)
+    (source / "text.txt").write_text(tiny_text(300))
+    quantize(processes, source, tmp_path / "peace")
+    # It dies in its second block. Each block makes 12 files, and 3 of the gate in process 0, which
+    # makes 3 more before the first.
+    steps = 12 + 5 if dying else 18 + 5
+    started = time.monotonic()
+    done = quantize(processes, source, tmp_path / "out", dies=(dying, steps))
+    assert done.returncode != 0
+    assert time.monotonic() - started < 60
+    assert not (tmp_path / "out").exists()
+    assert Workplace(tmp_path / "out").started() == 1
+    assert f"local_rank: {dying}" in done.stderr
+    if dying:
+        assert "llmq: Another process of this run has ended" in done.stderr
+        assert "1 finished blocks are kept" in done.stderr
+    quantize(processes, source, tmp_path / "out")
+    sums = [(tmp_path / name / CHECKSUMS).read_text() for name in ("out", "peace")]
+    assert sums[0] == sums[1]
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_one_process_needs_no_others():

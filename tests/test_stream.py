@@ -23,6 +23,7 @@ from llmq.scheme import QuantScheme
 from llmq.solvers.awq import AWQ
 from llmq.solvers.gptq import GPTQ
 from llmq.source import open_model
+from llmq.verify import CHECKSUMS
 
 OPTIONS: dict[str, Any] = {
     "method": "gptq",
@@ -106,8 +107,37 @@ def test_same_bytes_every_time(tmp_path):
     files = [{p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in "ab"]
     assert files[0].keys() == files[1].keys()
     differing = {name for name in files[0] if files[0][name] != files[1][name]}
+    log = files[0]["quantization_log.jsonl"].splitlines()
+    assert [json.loads(line)["event"] for line in log] == ["start", "block", "block", "end"]
     timed = {f"quantization_{kind}" for kind in ("report.json", "report.html", "log.jsonl")}
     assert differing <= timed  # these tell times
+
+
+WIDE = {"hidden_size": 512, "intermediate_size": 1536, "head_dim": 128}
+NARROW = {"hidden_size": 256, "intermediate_size": 768, "head_dim": 64, "num_hidden_layers": 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [
+        ({"quality": "balanced"}, NARROW),
+        pytest.param({"quality": "balanced"}, WIDE, marks=pytest.mark.slow),
+        pytest.param({"method": "awq+gptq"}, WIDE, marks=pytest.mark.slow),
+    ],
+)
+def test_same_bytes_whatever_the_number_of_threads(options, sizes, tmp_path):
+    source = save_tiny("llama", tmp_path / "model", torch.bfloat16, **sizes)
+    shape = {"samples": 12, "seq_len": 128, "group_size": 128, "device": "cpu"}
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            to_folder(source, tmp_path / str(threads), calibration=TEXT, **shape, **options)
+    finally:
+        torch.set_num_threads(before)
+    sums = [(tmp_path / name / CHECKSUMS).read_text() for name in "12"]
+    assert len(sums[0].splitlines()) >= 4
+    assert sums[0] == sums[1]
 
 
 def test_weights_are_there_only_while_they_are_used(tmp_path):

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from llmq import shards
 from llmq.errors import FormatError, NonFiniteError, SourceError
 from llmq.formats.bits import pack_bits
-from llmq.progress import remaining
 from llmq.verify import CHECKSUMS, check, seal, unpack
 
 
@@ -93,11 +92,3 @@ def test_sums_are_those_of_sha256sum(tmp_path):
         check(tmp_path)
     with pytest.raises(SourceError, match="no such folder"):
         check(Path("/nowhere"))
-
-
-def test_the_time_that_is_left():
-    assert remaining(0.0, 0, 32) == "-:--"
-    assert remaining(30.0, 3, 33) == "5:00"
-    assert remaining(30.0, 19, 33, before=16) == "2:20"
-    assert remaining(7200.0, 1, 3) == "4:00:00"
-    assert remaining(10.0, 4, 4) == "0:00"

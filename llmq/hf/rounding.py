@@ -15,7 +15,14 @@ from transformers.pytorch_utils import Conv1D
 from llmq.errors import SchemeError
 from llmq.hf.skeleton import out_in, put
 from llmq.nn import STACKS, PackedExperts, PackedLinear, expert_weight, is_stacked_experts
-from llmq.scheme import QuantizedWeight, QuantScheme, grouped, minmax_grid, round_to_grid
+from llmq.scheme import (
+    QuantizedWeight,
+    QuantScheme,
+    check_groups,
+    grouped,
+    minmax_grid,
+    round_to_grid,
+)
 
 
 def chosen_parameters(
@@ -36,15 +43,7 @@ def chosen_parameters(
         elif is_stacked_experts(module):
             widths = {stack: expert_weight(module, stack, 0).shape[1] for stack in STACKS}
             chosen |= {f"{name}.{stack}": width for stack, width in widths.items()}
-    bad = {name: width for name, width in chosen.items() if not scheme.divides(width)}
-    if bad:
-        fits = [size for size in (128, 64, 32) if all(w % size == 0 for w in bad.values())]
-        listed = ", ".join(f"{name} ({width})" for name, width in bad.items())
-        advice = f"Use group_size={fits[0]}" if fits else "Use group_size=-1"
-        raise SchemeError(
-            f"group_size={scheme.group_size} does not divide the input width of {listed}. "
-            f"{advice}, or skip these modules."
-        )
+    check_groups(chosen, lambda _: scheme)
     if head is not None and lm_head and model.config.tie_word_embeddings:
         raise SchemeError("lm_head=True: the head is tied to the embeddings, so it has no weight.")
     return frozenset(chosen)

@@ -141,4 +141,5 @@ def _moments(
     with hooks(*handles):
         for states, call in zip(hidden, calls, strict=True):
             run_block(block, states, call)
-    return [sums[name].mean() for name in names]
+    finished = {name: moment.finish() for name, moment in sums.items()}
+    return [finished[name] for name in names]

@@ -64,8 +64,11 @@ def descend(W: Tensor, H: Tensor, q: QuantizedWeight, sweeps: int) -> QuantizedW
 
 def row_errors(W: Tensor, H: Tensor, q: QuantizedWeight) -> Tensor:
     """D H D^T per row, float64 (N,), of the weights as they are stored."""
-    delta = W.double() - q.dequantize(torch.float64)
-    return ((delta @ H.double()) * delta).sum(1)
+    wide, errors = H.double(), []
+    for rows in q.slices():
+        delta = W[rows].double() - q.rows(rows).dequantize(torch.float64)
+        errors.append(((delta @ wide) * delta).sum(1))
+    return torch.cat(errors)
 
 
 class _Descent:

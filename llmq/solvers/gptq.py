@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llmq.moments import cholesky
+from llmq.moments import ROWS, cholesky, invert_lower
 from llmq.scheme import QuantizedWeight, QuantScheme, grouped, minmax_grid
 from llmq.solvers.grid import by_column, search_grid
 
@@ -50,7 +50,7 @@ class GPTQ:
         width = scheme.group_width(W.shape[1])
         H = alive(H)
         order = column_order(H.diagonal(), width, self.order)
-        U = inverse_factor(H[order][:, order], self.damp)
+        U = inverse_factor(H, self.damp, order)
         run = _Run(W, U, order, width, scheme, self.search, dynamic=self.order != "static")
         return run.solve()
 
@@ -80,18 +80,23 @@ def column_order(importance: Tensor, width: int, order: Order) -> Tensor:
     return (inside + start)[across].flatten()
 
 
-def inverse_factor(H: Tensor, damp: float) -> Tensor:
-    """Upper triangular U, float32 (K, K), with U^T U = (H + damp * mean(diag H) I)^-1.
+def inverse_factor(H: Tensor, damp: float, order: Tensor) -> Tensor:
+    """Upper triangular U, float32 (K, K), with U^T U = (H' + damp * mean(diag H) I)^-1.
 
-    One Cholesky of H with rows and columns reversed, H = R R^T with R upper triangular, then
-    U = R^-1; in float64.
+    H' is H with rows and columns in the given order. One Cholesky of H' with both reversed,
+    H' = R R^T with R upper triangular, then U = R^-1; in float64.
 
     Raises:
         ValueError: H is not a second moment, see `moments.cholesky`.
     """
-    R = cholesky(H.flip(0, 1), damp).flip(0, 1)
-    eye = torch.eye(len(R), dtype=R.dtype, device=R.device)
-    return torch.linalg.solve_triangular(R, eye, upper=True).float()
+    inverse = invert_lower(cholesky(H, damp, order.flip(0)))
+    U = torch.empty_like(H)
+    stop = len(H)
+    for rows in U.split(ROWS):
+        start = stop - len(rows)
+        rows.copy_(inverse[start:stop].flip(0, 1))
+        stop = start
+    return U
 
 
 class _Run:
@@ -109,7 +114,7 @@ class _Run:
     ):
         self.dtype, self.scheme, self.search, self.dynamic = W.dtype, scheme, search, dynamic
         self.order, self.width, self.U = order, width, U
-        self.columns = W.T.float()[order].contiguous()  # (K, N)
+        self.columns = W.T[order].float()  # (K, N)
         self.column_weights = U.diagonal().double().pow(-2).float()  # (K,)
         self.codes = torch.empty_like(self.columns, dtype=torch.uint8)  # (K, N)
         count, N = len(order) // width, W.shape[0]

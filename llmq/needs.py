@@ -1,0 +1,280 @@
+"""What memory a run will take, from shapes alone.
+
+`memory` follows the run from phase to phase and adds up what the flow, the solvers and the gate
+hold at once in each; the largest sum is the peak. K, N are inputs and outputs of a matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+JUDGED = 256  # tokens that the gate carries along
+SLICE = 1 << 22  # weights whose errors are summed at once, see `scheme.QuantizedWeight.slices`
+TRIALS = 1 << 20  # weights times candidates that a grid search tries at once
+CHUNK = 1 << 24  # bytes of a file that are checked at once
+
+Kind = Literal["rtn", "grid", "gptq", "polished"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Matrices of a block that read one tensor and are solved together.
+
+    Attributes:
+        rows: N of all of them (of one expert).
+        widest: N of the largest.
+        columns: K.
+        experts: how many of these there are.
+        active: how many of them a token goes through.
+    """
+
+    rows: int
+    widest: int
+    columns: int
+    experts: int = 1
+    active: int = 1
+
+    @property
+    def weights(self) -> int:
+        """All weights."""
+        return self.experts * self.rows * self.columns
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a model matters.
+
+    Attributes:
+        blocks: decoder blocks.
+        block_bytes: of the largest of them.
+        rest_bytes: of everything outside them.
+        groups: of the largest block, in the order in which they are solved.
+        hidden: width of the hidden states.
+        vocabulary: width of the logits.
+        itemsize: bytes of a weight, and of a number of a hidden state.
+        heads: of attention.
+        eager: whether attention holds the probabilities of all pairs of tokens.
+    """
+
+    blocks: int
+    block_bytes: int
+    rest_bytes: int
+    groups: tuple[Group, ...]
+    hidden: int
+    vocabulary: int
+    itemsize: int
+    heads: int
+    eager: bool
+
+
+@dataclass(frozen=True)
+class Job:
+    """How it shall be done.
+
+    Attributes:
+        tokens: of calibration text in this process.
+        window: tokens of one window.
+        batch: tokens that go through a block at once.
+        kind: of solver: rounding, rounding on searched grids, GPTQ, or GPTQ and descent.
+        match: whether the full-precision stream is carried along.
+        awq: whether channels are scaled.
+        lean: whether hidden states are kept in files.
+        scan: whether the whole model is run backwards first, to allocate an average of bits.
+        head: whether the output layer is quantized too.
+    """
+
+    tokens: int
+    window: int
+    batch: int
+    kind: Kind
+    match: bool = False
+    awq: bool = False
+    lean: bool = False
+    scan: bool = False
+    head: bool = False
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What is held at once at the fullest moment of a part of a run, in bytes by name.
+
+    Attributes:
+        name: of the part.
+        device: on the device that calibrates.
+        host: in memory of the CPU, whatever the device.
+        mapped: pages of files, which the system takes back when it needs room.
+    """
+
+    name: str
+    device: dict[str, int] = field(default_factory=dict)
+    host: dict[str, int] = field(default_factory=dict)
+    mapped: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def on_device(self) -> int:
+        return sum(self.device.values())
+
+    @property
+    def on_host(self) -> int:
+        return sum(self.host.values())
+
+    @property
+    def of_files(self) -> int:
+        return sum(self.mapped.values())
+
+
+def memory(shape: Shape, job: Job) -> list[Phase]:
+    """The phases of a run."""
+    phases = [Phase("checking the source", host={"pieces of files": 3 * CHUNK})]
+    if job.scan:
+        phases.append(_scanning(shape, job))
+    if job.awq:
+        phases += _smoothing(shape, job)
+    for i in range(len(shape.groups)):
+        phases += _solving(shape, job, i)
+    phases += [_judging(shape, job), _writing(shape, job), _ending(shape)]
+    if job.head:
+        phases.append(_solving_head(shape, job))
+    return phases
+
+
+def states(shape: Shape, job: Job) -> int:
+    """Bytes of the hidden states of one stream."""
+    return job.tokens * shape.hidden * shape.itemsize
+
+
+def _carried(shape: Shape, job: Job) -> dict[str, int]:
+    """What is there all the time while blocks are worked on."""
+    streams = 2 if job.match else 1
+    kept = 0 if job.lean else streams * states(shape, job)
+    return {"hidden states": kept}
+
+
+def _block(shape: Shape, job: Job) -> dict[str, int]:
+    """The copies of a block that run; finished parts keep their outputs for all tokens."""
+    copies = 2 if job.match else 1
+    kept = 0 if job.lean else copies * states(shape, job)
+    return {"copies of the block": copies * shape.block_bytes, "outputs of its parts": kept}
+
+
+def _running(shape: Shape, job: Job) -> int:
+    """What a batch takes inside of a block: the widest tensors of its MLP, and attention."""
+    widest = max(g.active * (2 * g.rows + g.columns) for g in shape.groups)
+    inside = job.batch * shape.itemsize * (widest + 4 * shape.hidden)
+    pairs = shape.heads * job.batch * job.window * (shape.itemsize + 4) if shape.eager else 0
+    return inside + pairs
+
+
+def _solving(shape: Shape, job: Job, index: int) -> Iterator[Phase]:
+    """Collect the moments of a group, then solve it; two phases, or three if it is matched."""
+    g = shape.groups[index]
+    square, matrix = 4 * g.columns**2, g.rows * g.columns
+    matched = job.match and g.experts == 1
+    codes = sum(group.weights for group in shape.groups[: index + 1])
+    fixed = {**_carried(shape, job), **_block(shape, job), "codes": codes}
+    source = {"source of the block": shape.block_bytes}
+    # Of the quantized and the full stream: x x^T and (x - x~) x~^T, both for fitting and judging.
+    sums = 4 * square if matched else g.experts * square + (square if g.experts > 1 else 0)
+    if matched and g.rows == g.widest:
+        sums += 2 * 4 * matrix  # what is missing in the sum that this matrix's output enters
+    rows = 4 * job.batch * g.columns * (3 if matched else 1)
+    work = {"second moments": sums, "a batch": _running(shape, job) + rows}
+    yield Phase("calibrating", {**fixed, **work}, {}, source)
+    if matched:
+        factor, targets = 2 * square, matrix * shape.itemsize
+        shift = g.widest * g.columns * 20  # in float32 and float64
+        work = {"second moments": sums + square, "factor": factor + max(square, shift)}
+        yield Phase("matching", {**fixed, **work, "targets": targets}, {}, source)
+        held = 2 * square  # H, and H with more on its diagonal
+    else:
+        held = g.experts * square
+    work = {"second moments": held, "solver": solver(g, job.kind, shape.itemsize)}
+    yield Phase("solving", {**fixed, **work}, {}, source)
+
+
+def solver(g: Group, kind: Kind, itemsize: int) -> int:
+    """Bytes that a solver holds at its fullest moment, its weights included, H not."""
+    square, matrix = 4 * g.columns**2, g.rows * g.columns
+    tall = itemsize * matrix
+    if kind == "rtn":
+        return tall + 13 * matrix
+    if kind == "grid":
+        return tall + 5 * matrix + 4 * 4 * max(TRIALS, matrix)
+    search = 4 * 4 * max(TRIALS, matrix * 128 // g.columns)
+    # Factor and its inverse in float64, then in float32; then that, columns and codes.
+    pass_over = max(3 * square + tall, square + tall + 5 * matrix + max(search, 2 * matrix))
+    if kind == "gptq":
+        return pass_over
+    descent = tall + matrix + 16 * matrix  # weights, codes, values and errors in float32
+    errors = 2 * square + tall + 2 * matrix + 5 * 8 * min(SLICE, matrix)
+    return max(pass_over, descent, errors)
+
+
+def _smoothing(shape: Shape, job: Job) -> Iterator[Phase]:
+    """Pairs are proven on a copy in float64; then factors are tried on copies."""
+    fixed = {**_carried(shape, job), **_block(shape, job)}
+    source = {"source of the block": shape.block_bytes}
+    largest = max(g.rows * g.columns for g in shape.groups)
+    widest = max(g.widest * g.columns for g in shape.groups)
+    exact = {
+        "exact copy": 8 * shape.block_bytes // shape.itemsize,
+        "matrices of a pair": 8 * (largest + 3 * widest),
+    }
+    yield Phase("proving pairs", {**fixed, **exact}, {}, source)
+    trials = {
+        "trial copies": 2 * shape.block_bytes,
+        "second moments": sum(4 * g.columns**2 for g in shape.groups),
+        "a matrix": 19 * widest,
+        "a batch": _running(shape, job),
+    }
+    yield Phase("smoothing", {**fixed, **trials}, {}, source)
+
+
+def _judging(shape: Shape, job: Job) -> Phase:
+    """The gate runs the original, the rounded and the solved block, one after the other."""
+    largest = max(g.widest * g.columns for g in shape.groups)
+    codes = sum(g.weights for g in shape.groups)
+    device = {
+        **_carried(shape, job),
+        "codes": codes,
+        "copies of the block": shape.block_bytes,
+        "a rounded matrix": 13 * largest,
+    }
+    return Phase("judging", device, {}, {"source of the block": 2 * shape.block_bytes})
+
+
+def _writing(shape: Shape, job: Job) -> Phase:
+    """Codes, what they are packed into, and stacks of them for the comparison with the file."""
+    codes = sum(g.weights for g in shape.groups)
+    stacks = sum(g.weights for g in shape.groups if g.experts > 1)
+    host = {"packed weights": codes, "stacks": stacks, "a matrix": 4 * CHUNK}
+    device = {**_carried(shape, job), "codes": codes}
+    return Phase("writing", device, host, {"source of the block": shape.block_bytes})
+
+
+def _ending(shape: Shape) -> Phase:
+    """The rest of the model is read, and three windows of logits are compared."""
+    tokens = JUDGED * shape.vocabulary
+    host = {"logits": 3 * shape.itemsize * tokens + 5 * 4 * tokens // 8, "pieces": 3 * CHUNK}
+    return Phase("ending", {}, host, {"embeddings and output layer": shape.rest_bytes})
+
+
+def _solving_head(shape: Shape, job: Job) -> Phase:
+    head = Group(shape.vocabulary, shape.vocabulary, shape.hidden)
+    square = 4 * shape.hidden**2
+    work = {"second moments": square, "solver": solver(head, job.kind, shape.itemsize)}
+    rest = {"embeddings and output layer": shape.rest_bytes}
+    return Phase("output layer", {**_carried(shape, job), **work}, {}, rest)
+
+
+def _scanning(shape: Shape, job: Job) -> Phase:
+    """The whole model, a second moment of every group's inputs, activations for the way back."""
+    moments = sum(4 * g.columns**2 for g in shape.groups) * shape.blocks
+    inside = sum(g.active * (2 * g.rows + g.columns) for g in shape.groups) + 6 * shape.hidden
+    kept = 1024 * shape.itemsize * inside * shape.blocks
+    logits = 1024 * shape.vocabulary * (3 * 4 + shape.itemsize)
+    model = shape.blocks * shape.block_bytes + shape.rest_bytes
+    device = {"model": model, "second moments": moments, "activations": kept, "logits": logits}
+    return Phase("scanning", device)
