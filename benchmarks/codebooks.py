@@ -62,7 +62,7 @@ def rounded(
     """
     H = alive(H)
     order = column_order(H.diagonal(), width, "group")
-    U = inverse_factor(H[order][:, order], 0.01)
+    U = inverse_factor(H, 0.01, order)
     rest, found = W[:, order].clone(), torch.empty_like(W)
     weights = U.diagonal().double().pow(-2).float()
     for j in range(W.shape[1]):

@@ -36,6 +36,7 @@ def test_the_time_that_is_left_of_recorded_runs(run):
     """Right within 15 % when a tenth of the layers is done, and two of them at least."""
     ends = run["block_ends"]
     pace = Pace(0.0, len(ends))
-    for done in range(1, max(2, math.ceil(len(ends) / 10)) + 1):
-        pace.note(ends[done - 1], done)
+    done = max(2, math.ceil(len(ends) / 10))
+    for finished in range(1, done + 1):
+        pace.note(ends[finished - 1], finished)
     assert pace.remaining() == pytest.approx(ends[-1] - ends[done - 1], rel=0.15)
