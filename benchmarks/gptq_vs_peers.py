@@ -85,11 +85,11 @@ def command(contender: Contender, args: argparse.Namespace, calib: Path, out: Pa
             *("--device", "cpu", "--no-bos", "--json"),
             "--symmetric" if contender.symmetric else "--asymmetric",
             *("--calibration", str(calib.with_suffix(".txt"))),
-            *(f"--{key}={value}" for key, value in sizes.items()),
+            *(f"--{key}" if value is True else f"--{key}={value}" for key, value in sizes.items()),
         ]
+    [script] = PEERS.glob(f"{contender.tool}_*.py")
     return [
-        getattr(args, contender.tool),
-        str(PEERS / f"{contender.tool}_gptq.py"),
+        *(getattr(args, contender.tool), str(script)),
         *(str(args.model), str(out), str(calib.with_suffix(".json"))),
         *(str(args.bits), str(args.group), str(int(contender.symmetric))),
         *("--options", contender.options, "--threads", str(args.threads)),
@@ -187,6 +187,12 @@ def chosen(args: argparse.Namespace) -> list[Contender]:
     return [c for c in every if not args.only or any(part in c.name for part in args.only)]
 
 
+def dequantize(model: Path, out: Path, plain: Path) -> None:
+    """Make a plain folder of a checkpoint."""
+    script = [str(PEERS / "dequantize.py"), str(model), str(out), str(plain)]
+    subprocess.run([sys.executable, *script], check=True, stdout=subprocess.DEVNULL)
+
+
 def run(contender: Contender, args: argparse.Namespace, calib: Path) -> tuple[dict[str, Any], Path]:
     """What one contender cost, and its result as a plain folder."""
     label = f"{contender.name} {'sym' if contender.symmetric else 'asym'}".replace(" ", "-")
@@ -200,8 +206,7 @@ def run(contender: Contender, args: argparse.Namespace, calib: Path) -> tuple[di
     # Peers leave log folders where they run; llmq may be importable from here only.
     cwd = Path.cwd() if contender.tool == "llmq" else args.work
     cost = timed(argv, args.threads, args.work / f"{label}.log", cwd)
-    script = [str(PEERS / "dequantize.py"), str(args.model), str(out), str(plain)]
-    subprocess.run([sys.executable, *script], check=True, stdout=subprocess.DEVNULL)
+    dequantize(args.model, out, plain)
     done.write_text(json.dumps({"argv": argv, "cost": cost}))
     print(f"{label}: {cost['seconds']:.1f} s, CPU {cost['cpu_seconds']:.1f} s", flush=True)
     return cost, plain

@@ -1,65 +1,78 @@
 """llmq's ladder beside other quantizers at several widths: what each one loses, in one table.
 
-    python benchmarks/quality.py MODEL --calibration TEXT --text TEXT --work FOLDER --bits 4 3 2 \
-        --group 32 --gptqmodel PYTHON --llmcompressor PYTHON
+    python benchmarks/quality.py MODEL --calibration TEXT --text TEXT TEXT --work FOLDER \
+        --bits 4 3 2 --mixed 3.5 --group 32 --gptqmodel PYTHON --llmcompressor PYTHON \
+        --autoround PYTHON
 
 Every contender is a whole process that gets the same calibration tokens and writes a checkpoint of
 the same bits and groups; peers/dequantize.py makes a plain folder of it, peers/judge.py measures
-it in stock transformers. See gptq_vs_peers.py, whose machinery this is, and peers/README.md.
+it in stock transformers on every text. See gptq_vs_peers.py, whose machinery this is, and
+peers/README.md.
 
-Rows go into one JSON file; those of other models and widths that are there already stay. The plot
-(`--plot`, no other argument needed) shows KL against the bits stored per weight.
+What is finished is kept in FOLDER, contender by contender and text by text: the same command goes
+on after an interruption, and another text or contender costs only itself. `--only` picks
+contenders by a part of their name. `--again` runs them again, as after a change of llmq.
+
+Rows go into one JSON file; those of other models, texts and widths that are there already stay.
+`--summary` prints what the whole file says (geometric means over models and texts, and the
+ratios that llmq wants to hold), `--plot` draws it; neither needs another argument.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import hashlib
 import json
-import math
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import quality_report
 from environment import environment
-from gptq_vs_peers import PEERS, Contender, judge, run, versions
+from gptq_vs_peers import PEERS, Contender, dequantize, judge, run, versions
 
 RESULTS = Path("benchmarks/results/quality.json")
-GREY = "#7f8790"
-STYLES = {
-    "llmq balanced": ("llmq balanced", "#2e9e6b", "o"),
-    "llmq fast": ("llmq fast", "#2f7fd6", "o"),
-    "llmq gptq": ("llmq gptq", "#8fbbe8", "o"),
-    "llmq balanced mixed": ("llmq balanced, mixed widths", "#7a4fc9", "D"),
-    "gptqmodel": ("GPTQModel, best of its settings", "#d98a1f", "^"),
-    "llmcompressor": ("llm-compressor, best of its settings", "#c2506b", "s"),
+AT_ONCE = 4  # candidates in the judge's memory
+DISTRIBUTIONS = {
+    "gptqmodel": "gptqmodel",
+    "llmcompressor": "llmcompressor",
+    "autoround": "auto-round",
+}
+OWN = {
+    "llmq rtn": {"method": "rtn"},
+    "llmq gptq": {"method": "gptq"},
+    "llmq fast": {"quality": "fast"},
+    "llmq balanced": {"quality": "balanced"},
+    "llmq best": {"quality": "best"},
+}
+# Each peer with its defaults, and with the settings that its authors call better.
+PEER_SETTINGS = {
+    "gptqmodel default": {},  # group-aware order
+    "gptqmodel mse": {"mse": 2.4},
+    "gptqmodel act-order mse": {"mse": 2.4, "desc_act": True, "act_group_aware": False},
+    "llmcompressor default": {},  # act-order with static groups
+    "llmcompressor mse": {"weights": {"observer": "mse"}},
+    "llmcompressor weight-order mse": {"actorder": "weight", "weights": {"observer": "mse"}},
+    "autoround 200": {},
 }
 
 
-def contenders(symmetric: bool, mixed: float | None) -> list[Contender]:
-    """llmq's rungs; each peer with its defaults and with the settings that may do better."""
-    if mixed is not None:
-        options = json.dumps({"quality": "balanced", "bits": mixed})
-        return [Contender("llmq balanced mixed", "llmq", symmetric, options)]
+def contenders(symmetric: bool) -> list[Contender]:
+    """llmq's rungs, and the peers."""
+    both = {**OWN, **PEER_SETTINGS}
+    return [Contender(n, n.split()[0], symmetric, json.dumps(o)) for n, o in both.items()]
+
+
+def mixed(average: float, symmetric: bool) -> list[Contender]:
+    """llmq with widths of its own for every layer."""
+    options = {"bits": average, "mixed": True}
     return [
-        Contender("llmq gptq", "llmq", symmetric, '{"method": "gptq"}'),
-        Contender("llmq fast", "llmq", symmetric, '{"quality": "fast"}'),
-        Contender("llmq balanced", "llmq", symmetric, '{"quality": "balanced"}'),
-        Contender("gptqmodel default", "gptqmodel", symmetric),
-        Contender("gptqmodel mse", "gptqmodel", symmetric, '{"mse": 2.4}'),
-        Contender(
-            "gptqmodel act-order mse",
-            "gptqmodel",
-            symmetric,
-            '{"mse": 2.4, "desc_act": true, "act_group_aware": false}',
-        ),
-        Contender("llmcompressor default", "llmcompressor", symmetric),
-        Contender(
-            "llmcompressor mse",
-            "llmcompressor",
-            symmetric,
-            '{"weights": {"observer": "mse"}}',
-        ),
+        Contender(f"{name} mixed", "llmq", symmetric, json.dumps({**OWN[name], **options}))
+        for name in ("llmq balanced", "llmq best")
     ]
 
 
@@ -67,16 +80,20 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--calibration", type=Path)
-    parser.add_argument("--text", type=Path)
+    parser.add_argument("--text", type=Path, nargs="+")
     parser.add_argument("--name", help="of the model in the table (default: its folder's)")
-    parser.add_argument("--join", choices=["plain", "wikitext"], default="plain")
+    parser.add_argument(
+        "--join", choices=["plain", "wikitext"], nargs="+", default=["plain"], help="per text"
+    )
     parser.add_argument("--work", type=Path, help="folder for the checkpoints")
     parser.add_argument("--llmq", default=sys.executable, help="interpreter that has llmq")
     parser.add_argument("--gptqmodel", help="interpreter that has GPTQModel")
     parser.add_argument("--llmcompressor", help="interpreter that has llm-compressor")
-    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--autoround", help="interpreter that has AutoRound")
     parser.add_argument("--only", nargs="+", help="contenders whose name contains one of these")
-    parser.add_argument("--bits", nargs="+", type=float, default=[4, 3, 2])
+    parser.add_argument("--again", action="store_true", help="forget what FOLDER holds of these")
+    parser.add_argument("--bits", nargs="*", type=int, default=[4, 3, 2])
+    parser.add_argument("--mixed", nargs="*", type=float, default=[], help="averages of bits")
     parser.add_argument("--group", type=int, default=32)
     parser.add_argument("--symmetric", action="store_true")
     parser.add_argument("--samples", type=int, default=128)
@@ -85,126 +102,123 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--eval-seq-len", type=int, default=256)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--summary", action="store_true", help="only print what --out says")
     parser.add_argument("--plot", action="store_true", help="only draw what --out holds")
     return parser.parse_args()
 
 
-def measure(width: float, args: argparse.Namespace, calib: Path) -> list[dict[str, Any]]:
-    """The rows of one width; a fractional one is llmq's average."""
-    mixed = None if width == int(width) else width
-    args.bits = math.ceil(width)
-    every = [c for c in contenders(args.symmetric, mixed) if getattr(args, c.tool)]
-    chosen = [c for c in every if not args.only or any(part in c.name for part in args.only)]
-    root, rows, plain = args.work, [], []
-    args.work = root / f"{width:g}bit-g{args.group}"
-    args.work.mkdir(parents=True, exist_ok=True)
-    for contender in chosen:
-        cost, folder = run(contender, args, calib)
-        rows.append({**vars(contender), "bits": width, "group_size": args.group, **cost})
-        plain.append(folder)
-    judge(rows, plain, args)
-    args.work = root
-    return rows
+def settings(args: argparse.Namespace) -> Iterator[tuple[float, list[Contender]]]:
+    """(average of bits, contenders) to measure together."""
+    for average, every in [
+        *((bits, contenders(args.symmetric)) for bits in args.bits),
+        *((bits, mixed(bits, args.symmetric)) for bits in args.mixed),
+    ]:
+        able = [c for c in every if getattr(args, c.tool)]
+        chosen = [c for c in able if not args.only or any(part in c.name for part in args.only)]
+        yield average, chosen
+
+
+def measure(
+    average: float, chosen: list[Contender], args: argparse.Namespace, calib: Path
+) -> Iterator[dict[str, Any]]:
+    """The rows of one width, a few contenders at a time."""
+    local = copy.copy(args)
+    local.bits, local.resume = int(average), not args.again  # mixed widths are among the options
+    local.work = args.work / f"{average:g}bit-g{args.group}"
+    local.work.mkdir(parents=True, exist_ok=True)
+    for start in range(0, len(chosen), AT_ONCE):
+        rows, plain = [], []
+        for contender in chosen[start : start + AT_ONCE]:
+            cost, folder = run(contender, local, calib)
+            row = {**vars(contender), "bits": average, "group_size": args.group, **cost}
+            if contender.tool == "llmq":
+                report = folder.with_name(folder.name.removesuffix("-plain"))
+                report /= "quantization_report.json"
+                row["predicted_kl"] = json.loads(report.read_text())["predicted_kl"]
+            rows.append(row)
+            plain.append(folder)
+        for text, join in zip(args.text, args.join, strict=True):
+            local.text, local.join = text, join
+            yield from judged(rows, plain, local)
+        for folder in plain:  # they are large, and easily made again
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def judged(
+    rows: list[dict[str, Any]], plain: list[Path], args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """`rows` with what the judge says about their folders, from the cache where it is there."""
+    asked = [args.text.name, args.join, args.windows, args.eval_seq_len, args.text.stat().st_size]
+    key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]
+    found: list[dict[str, Any]] = []
+    missing: list[tuple[dict[str, Any], Path]] = []
+    for row, folder in zip(rows, plain, strict=True):
+        cache = folder.with_name(f"{folder.name}-{key}.json")
+        saved = json.loads(cache.read_text()) if cache.is_file() else {}
+        if saved.get("started") == row["started"]:
+            found.append({**row, **saved})
+            continue
+        if not folder.is_dir():
+            dequantize(args.model, folder.with_name(folder.name.removesuffix("-plain")), folder)
+        missing.append(({**row}, folder))
+    if missing:
+        new, folders = [row for row, _ in missing], [folder for _, folder in missing]
+        before = [set(row) for row in new]
+        judge(new, folders, args)
+        for row, folder, known in zip(new, folders, before, strict=True):
+            said = {k: v for k, v in row.items() if k not in known}
+            cache = folder.with_name(f"{folder.name}-{key}.json")
+            cache.write_text(json.dumps({"started": row["started"], **said}))
+        found += new
+    return found
 
 
 def store(rows: list[dict[str, Any]], path: Path, head: dict[str, Any]) -> None:
-    """Replace rows of the same contender, model and format; keep all others."""
+    """Replace rows of the same contender, model, text and format; keep all others."""
     data = json.loads(path.read_text()) if path.is_file() else {"rows": []}
     keys = ("model", "text", "name", "symmetric", "bits", "group_size")
     new = {tuple(row[key] for key in keys) for row in rows}
     kept = [row for row in data["rows"] if tuple(row[key] for key in keys) not in new]
+    head["peers"] = {**data.get("peers", {}), **head["peers"]}
+    every = kept + rows
+    data = {**data, **head, "summary": quality_report.summary(every), "rows": every}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**data, **head, "rows": kept + rows}, indent=1) + "\n")
-
-
-def show(rows: list[dict[str, Any]]) -> None:
-    for row in rows:
-        print(
-            f"{row['model']:<14}{row['bits']:<4g}{row['name']:<26}KL {row['kl']:8.5f} +- "
-            f"{row['kl_stderr']:.5f}  ppl {row['perplexity']:8.3f}  top-1 {row['top1']:.4f}  "
-            f"wall {row['seconds']:6.1f} s  CPU {row['cpu_seconds']:6.1f} s"
-        )
-    for bits in dict.fromkeys(row["bits"] for row in rows):
-        kl = {row["name"]: row["kl"] for row in rows if row["bits"] == bits}
-        peers = [value for name, value in kl.items() if not name.startswith("llmq")]
-        for name, value in kl.items():
-            if peers and name.startswith("llmq"):
-                print(f"{bits:g} bits, {name} / best peer: KL x{value / min(peers):.2f}")
-
-
-def points(rows: list[dict[str, Any]], style: str) -> list[tuple[float, float, float]]:
-    """(bits, KL, its error) of one line; for a peer the best of its settings."""
-    best: dict[float, tuple[float, float, float]] = {}
-    for row in rows:
-        same = row["name"] == style or row["name"].split()[0] == style
-        if same and (row["bits"] not in best or row["kl"] < best[row["bits"]][1]):
-            best[row["bits"]] = (row["bits"], row["kl"], row["kl_stderr"])
-    return sorted(best.values())
-
-
-def plot(path: Path) -> None:
-    """One panel per model and format; readable on light and on dark pages."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    rows = json.loads(path.read_text())["rows"]
-    panels = list(dict.fromkeys((r["model"], r["group_size"], r["symmetric"]) for r in rows))
-    plt.rcParams["svg.hashsalt"] = "llmq"  # the same table gives the same file
-    plt.rcParams["svg.fonttype"] = "none"
-    figure, grid = plt.subplots(
-        1, len(panels), figsize=(4.2 * len(panels), 3.8), squeeze=False, layout="constrained"
-    )
-    for axes, panel in zip(grid[0], panels, strict=True):
-        own = [r for r in rows if (r["model"], r["group_size"], r["symmetric"]) == panel]
-        for style, (label, colour, marker) in STYLES.items():
-            if found := points(own, style):
-                x, y, error = (list(column) for column in zip(*found, strict=True))
-                looks = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.3}
-                axes.errorbar(x, y, yerr=error, label=label, **looks)
-        axes.set_yscale("log")
-        name, group, symmetric = panel
-        kind = "symmetric" if symmetric else "asymmetric"
-        axes.set_title(f"{name}, g{group} {kind}", color=GREY, fontsize=11)
-        axes.set_xlabel("bits per code (average)", color=GREY)
-        axes.grid(True, color=GREY, alpha=0.25, linewidth=0.6)
-        axes.tick_params(colors=GREY, which="both")
-        axes.patch.set_alpha(0)
-        for spine in axes.spines.values():
-            spine.set_color(GREY)
-    grid[0][0].set_ylabel("KL(full || quantized), nats per token", color=GREY)
-    grid[0][0].legend(frameon=False, labelcolor=GREY, fontsize=8)
-    figure.savefig(path.with_suffix(".svg"), transparent=True, metadata={"Date": None})
+    path.write_text(json.dumps(data, indent=1) + "\n")
 
 
 def main() -> None:
     args = arguments()
-    if args.plot:
-        plot(args.out)
+    if args.plot or args.summary:
+        rows = json.loads(args.out.read_text())["rows"]
+        if args.plot:
+            quality_report.plot(rows, args.out.with_suffix(".svg"))
+        if args.summary:
+            quality_report.show(quality_report.summary(rows))
         return
     name = args.name or args.model.resolve().name
-    for key in ("model", "calibration", "text", "work"):
+    args.join = args.join * len(args.text) if len(args.join) == 1 else args.join
+    args.text = [path.absolute() for path in args.text]
+    for key in ("model", "calibration", "work"):
         setattr(args, key, getattr(args, key).absolute())
-    for key in ("gptqmodel", "llmcompressor"):  # absolute, but never through the symbolic link
+    for key in DISTRIBUTIONS:  # absolute, but never through the symbolic link
         setattr(args, key, getattr(args, key) and str(Path(getattr(args, key)).absolute()))
     args.work.mkdir(parents=True, exist_ok=True)
-    calib = args.work / "calibration.json"
     sizes = (str(args.samples), str(args.seq_len))
+    calib = args.work / f"calibration-{'x'.join(sizes)}.json"
     windows = [str(PEERS / "windows.py"), str(args.model), str(args.calibration), str(calib)]
     subprocess.run([sys.executable, *windows, *sizes], check=True)
     peers = {
-        tool: versions(getattr(args, tool), (tool, "torch", "transformers"))
-        for tool in ("gptqmodel", "llmcompressor")
+        tool: versions(getattr(args, tool), (distribution, "torch", "transformers"))
+        for tool, distribution in DISTRIBUTIONS.items()
         if getattr(args, tool)
     }
-    head = {"environment": environment(args.threads), **({"peers": peers} if peers else {})}
+    head = {"environment": environment(args.threads), "peers": peers}
     calibration = f"{args.calibration.name}: {args.samples} x {args.seq_len} tokens"
-    for width in args.bits.copy():
-        rows = measure(width, args, calib)
-        rows = [{"model": name, "calibration": calibration, **row} for row in rows]
-        store(rows, args.out, head)
-        show(rows)
+    for average, chosen in settings(args):
+        for row in measure(average, chosen, args, calib):
+            row = {"model": name, "calibration": calibration, **row}
+            store([row], args.out, head)
+            print(quality_report.line(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Reads the tensors itself, with the documented bit layouts and nothing of llmq or
 that one stock transformers model judges every quantizer:
 
     GPTQ v1, v2          qweight (K*b/32, N), qzeros (G, N*b/32), scales (G, N), g_idx (K)
+    auto-round           the same, as its packing_format says
     compressed-tensors   weight_packed (N, K*b/32), weight_scale (N, G), weight_zero_point
 
 Everything that is not quantized is taken from QUANTIZED too (a method may fold scales into
@@ -38,13 +39,20 @@ def from_gptq(tensors: dict[str, Tensor], name: str, config: dict) -> Tensor:
     """Weight (N, K) of one GPTQ module."""
     bits = config["bits"]
     scales = tensors[f"{name}.scales"].float()  # (G, N)
-    g_idx = tensors[f"{name}.g_idx"].long()  # (K,)
-    N = scales.shape[1]
-    codes = unpack(tensors[f"{name}.qweight"].T.contiguous(), bits, len(g_idx)).T  # (K, N)
+    N, K = scales.shape[1], len(tensors[f"{name}.qweight"]) * 32 // bits
+    g_idx = tensors.get(f"{name}.g_idx", torch.arange(K) // (K // len(scales))).long()  # (K,)
+    codes = unpack(tensors[f"{name}.qweight"].T.contiguous(), bits, K).T  # (K, N)
     zeros = unpack(tensors[f"{name}.qzeros"], bits, N)  # (G, N)
     if config.get("checkpoint_format", "gptq") == "gptq":  # v1 stores zero - 1
         zeros = (zeros + 1) % 2**bits
     return ((codes - zeros[g_idx]) * scales[g_idx]).T.contiguous()
+
+
+def from_auto_round(tensors: dict[str, Tensor], name: str, config: dict) -> Tensor:
+    """Weight (N, K) of one module of AutoRound's own format."""
+    versions = {"auto_round:gptqmodel": "gptq_v2", "auto_round:auto_gptq": "gptq"}
+    version = versions[config["packing_format"]]
+    return from_gptq(tensors, name, {**config, "checkpoint_format": version})
 
 
 def from_compressed_tensors(tensors: dict[str, Tensor], name: str, _: dict) -> Tensor:
@@ -66,6 +74,7 @@ def from_compressed_tensors(tensors: dict[str, Tensor], name: str, _: dict) -> T
 
 READERS: dict[str, tuple[str, Callable[[dict[str, Tensor], str, dict], Tensor]]] = {
     "gptq": (".qweight", from_gptq),
+    "auto-round": (".qweight", from_auto_round),
     "compressed-tensors": (".weight_packed", from_compressed_tensors),
 }
 PARTS = (

@@ -1,0 +1,227 @@
+"""What the table of quality.py says: ratios over all models and texts, and a plot.
+
+A ratio is taken setting by setting (model, text, groups, symmetry) and then averaged
+geometrically. "Best" among peers is taken in every setting anew, so that llmq is held against
+whichever of their settings happens to win there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+GPTQ_PEERS = ("gptqmodel", "llmcompressor")
+PEERS = (*GPTQ_PEERS, "autoround")
+# (who, against whom, their bits if not the same, bits: limit of KL, limit of wall seconds)
+BARS: tuple[tuple[str, tuple[str, ...], int | None, dict[float, float], float | None], ...] = (
+    ("llmq balanced", GPTQ_PEERS, None, {4: 0.60, 3: 0.60, 2: 0.45}, 2.0),
+    ("llmq balanced", ("autoround",), None, {4: 1.05, 3: 1.05}, 0.1),
+    ("llmq best", ("autoround",), None, {4: 0.85, 3: 0.85, 2: 0.85}, 1.0),
+    ("llmq balanced mixed", PEERS, 4, {3.5: 1.0}, None),
+    ("llmq balanced mixed", GPTQ_PEERS, None, {4: 0.40, 3: 0.40}, None),
+    ("llmq best mixed", PEERS, 4, {3.5: 1.0}, None),
+    ("llmq best mixed", GPTQ_PEERS, None, {4: 0.40, 3: 0.40}, None),
+)
+CLOSED = {4: 0.75, 3: 0.75, 2: 0.90}  # share of the gap in log-perplexity from RTN to full
+GREY = "#7f8790"
+STYLES = {
+    "llmq best": ("llmq best", "#12633f", "o"),
+    "llmq balanced": ("llmq balanced", "#2e9e6b", "o"),
+    "llmq fast": ("llmq fast", "#2f7fd6", "o"),
+    "llmq gptq": ("llmq gptq", "#8fbbe8", "o"),
+    "llmq balanced mixed": ("llmq balanced, mixed widths", "#7a4fc9", "D"),
+    "gptqmodel": ("GPTQModel, best of its settings", "#d98a1f", "^"),
+    "llmcompressor": ("llm-compressor, best of its settings", "#c2506b", "s"),
+    "autoround": ("AutoRound, 200 iterations", "#8a6d3b", "v"),
+}
+
+
+def line(row: Row) -> str:
+    """A row of the table in one line."""
+    return (
+        f"{row['model']:<14}{row['bits']:<4g}g{row['group_size']:<4}{row['name']:<32}"
+        f"{row['text']:<28}KL {row['kl']:8.5f} +- {row['kl_stderr']:.5f}  "
+        f"ppl {row['perplexity']:8.3f}  top-1 {row['top1']:.4f}  "
+        f"wall {row['seconds']:6.1f} s  CPU {row['cpu_seconds']:6.1f} s"
+    )
+
+
+def mean(values: Iterable[float]) -> float:
+    """The geometric mean."""
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs))
+
+
+def setting(row: Row) -> tuple[Any, ...]:
+    """Where rows can be compared, but for their bits."""
+    return row["model"], row["text"], row["group_size"], row["symmetric"]
+
+
+def summary(rows: list[Row]) -> dict[str, Any]:
+    """Geometric means of every contender, and llmq's ratios to its peers."""
+    return {
+        "means": _means(rows),
+        "ratios": [found for bar in BARS for found in _ratios(rows, *bar)],
+        "closed": _closed(rows),
+        "predictions": _predictions(rows),
+    }
+
+
+def _means(rows: list[Row]) -> list[dict[str, Any]]:
+    found = []
+    for bits, name in dict.fromkeys((row["bits"], row["name"]) for row in rows):
+        own = [row for row in rows if (row["bits"], row["name"]) == (bits, name)]
+        keys = ("kl", "seconds", "cpu_seconds")
+        means = {key: mean(row[key] for row in own) for key in keys}
+        found.append({"bits": bits, "name": name, "settings": len(own), **means})
+    return found
+
+
+def _ratios(
+    rows: list[Row],
+    name: str,
+    tools: tuple[str, ...],
+    their_bits: int | None,
+    limits: dict[float, float],
+    time_limit: float | None,
+) -> list[dict[str, Any]]:
+    """One entry per width; 1 = as much KL, or as much time, as the best of the peers."""
+    found = []
+    for bits, limit in limits.items():
+        pairs = []
+        for own in (row for row in rows if row["name"] == name and row["bits"] == bits):
+            peers = [
+                row
+                for row in rows
+                if row["tool"] in tools
+                and row["bits"] == (their_bits or bits)
+                and setting(row) == setting(own)
+            ]
+            if peers:
+                pairs.append((own, peers))
+        if not pairs:
+            continue
+
+        def over_best(key: str, pairs: list[tuple[Row, list[Row]]] = pairs) -> float:
+            return mean(own[key] / min(peer[key] for peer in peers) for own, peers in pairs)
+
+        entry = {"name": name, "against": list(tools), "bits": bits, "settings": len(pairs)}
+        entry |= {"their_bits": their_bits or bits, "kl": over_best("kl"), "kl_limit": limit}
+        if time_limit is not None:
+            entry |= {"seconds": over_best("seconds"), "cpu_seconds": over_best("cpu_seconds")}
+            entry["seconds_limit"] = time_limit
+        found.append(entry)
+    return found
+
+
+def _closed(rows: list[Row]) -> list[dict[str, Any]]:
+    """How much of the way from RTN's log-perplexity to the full model's is gone."""
+    found = []
+    for start in (row for row in rows if row["name"] == "llmq rtn"):
+        gap = math.log(start["perplexity"] / start["full_perplexity"])
+        for row in rows:
+            same = setting(row) == setting(start) and row["bits"] == start["bits"]
+            if same and row["name"] in ("llmq balanced", "llmq best"):
+                share = math.log(start["perplexity"] / row["perplexity"]) / gap
+                entry = {key: row[key] for key in ("model", "text", "bits", "group_size", "name")}
+                found.append({**entry, "share": share, "limit": CLOSED.get(row["bits"])})
+    return found
+
+
+def _predictions(rows: list[Row]) -> list[dict[str, Any]]:
+    """Predicted over measured KL of mixed widths."""
+    keys = ("model", "text", "bits", "group_size", "name")
+    return [
+        {**{key: row[key] for key in keys}, "ratio": row["predicted_kl"] / row["kl"]}
+        for row in rows
+        if row.get("predicted_kl")
+    ]
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print a summary."""
+    for row in sorted(found["means"], key=lambda row: (-row["bits"], row["kl"])):
+        print(
+            f"{row['bits']:<4g}{row['name']:<32}KL {row['kl']:8.5f}  wall {row['seconds']:7.1f} s  "
+            f"CPU {row['cpu_seconds']:7.1f} s  over {row['settings']} settings"
+        )
+    for row in found["ratios"]:
+        words = f"{row['name']} at {row['bits']:g} bits / best of {', '.join(row['against'])}"
+        if row["their_bits"] != row["bits"]:
+            words += f" at {row['their_bits']}"
+        words += f": KL x{row['kl']:.2f} (limit {row['kl_limit']:.2f})"
+        if "seconds" in row:
+            words += f", wall x{row['seconds']:.2f} (limit {row['seconds_limit']:g})"
+            words += f", CPU x{row['cpu_seconds']:.2f}"
+        print(f"{words}, {row['settings']} settings")
+    for row in found["closed"]:
+        print(
+            f"{row['name']}, {row['model']} {row['bits']:g} bits g{row['group_size']}, "
+            f"{row['text']}: {row['share']:.0%} of the way from RTN (limit {row['limit']})"
+        )
+    for row in found["predictions"]:
+        print(
+            f"{row['name']}, {row['model']} {row['bits']:g} bits, {row['text']}: "
+            f"predicted KL x{row['ratio']:.2f} of the measured one"
+        )
+
+
+def points(rows: list[Row], style: str, x: str) -> list[tuple[float, float, float]]:
+    """(x, KL, its error) per width of one line; for a peer of the best of its settings."""
+    best: dict[float, Row] = {}
+    for row in rows:
+        same = row["name"] == style or row["name"].split()[0] == style
+        if same and (row["bits"] not in best or row["kl"] < best[row["bits"]]["kl"]):
+            best[row["bits"]] = row
+    return [(row[x], row["kl"], row["kl_stderr"]) for _, row in sorted(best.items())]
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """KL against bits and against time, a column per setting; for light and for dark pages."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    columns = list(dict.fromkeys(map(setting, rows)))
+    plt.rcParams["svg.hashsalt"] = "llmq"  # the same table gives the same file
+    plt.rcParams["svg.fonttype"] = "none"
+    size = (4.2 * len(columns), 7.4)
+    figure, grid = plt.subplots(
+        2, len(columns), figsize=size, squeeze=False, sharey="col", layout="constrained"
+    )
+    axis_of: tuple[tuple[str, str], ...] = (
+        ("bits", "bits per code (average)"),
+        ("cpu_seconds", "CPU seconds of the whole process"),
+    )
+    for i, column in enumerate(columns):
+        own = [row for row in rows if setting(row) == column]
+        model, text, group, symmetric = column
+        kind = "symmetric" if symmetric else "asymmetric"
+        title = f"{model}, g{group} {kind}\n{text}"
+        grid[0][i].set_title(title, color=GREY, fontsize=11)
+        for axes, (x, label) in zip(grid[:, i], axis_of, strict=True):
+            _panel(axes, lambda style, x=x, own=own: points(own, style, x), label)
+        grid[1][i].set_xscale("log")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("KL(full || quantized), nats per token", color=GREY)
+    grid[0][0].legend(frameon=False, labelcolor=GREY, fontsize=8)
+    figure.savefig(path, transparent=True, metadata={"Date": None})
+
+
+def _panel(axes: Any, found: Callable[[str], list[tuple[float, float, float]]], label: str) -> None:
+    for style, (name, colour, marker) in STYLES.items():
+        if values := found(style):
+            x, y, error = (list(column) for column in zip(*values, strict=True))
+            looks = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.3}
+            axes.errorbar(x, y, yerr=error, label=name, **looks)
+    axes.set_yscale("log")
+    axes.set_xlabel(label, color=GREY)
+    axes.grid(True, color=GREY, alpha=0.25, linewidth=0.6)
+    axes.tick_params(colors=GREY, which="both")
+    axes.patch.set_alpha(0)
+    for spine in axes.spines.values():
+        spine.set_color(GREY)
