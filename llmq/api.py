@@ -86,7 +86,7 @@ def quantize(
     Args:
         src: folder or Hub name of a full-precision causal language model.
         out: folder to create; it must be absent or empty.
-        quality: "fast" or "balanced" (the default), see `llmq.ladder`.
+        quality: "fast", "balanced" (the default) or "best", see `llmq.ladder`.
         method: instead of a quality, "rtn", "gptq", "awq" or "awq+gptq".
         bits, group_size, symmetric: the number format, see `QuantScheme`. Bits that are no whole
             number are an average: layers get 2, 3, 4 or 8, see `sensitivity`.
@@ -163,7 +163,7 @@ def quantize(
         solved = solve(source, recipe, text, where, work, spill=spill, show=progress)
         if solved is None:  # another process writes
             return ranks.of_the_first(None)
-        layers, digests, verdict = solved
+        layers, digests, verdict, tuned = solved
         report = {
             **origin(name, config),
             "command": command(quantize, given),
@@ -178,6 +178,7 @@ def quantize(
             "seconds": time.perf_counter() - start,
             "peak_memory_bytes": peak_memory_bytes(where),
             "judged": {**verdict, "held_out": text.held_out},
+            "scale_tuning": tuned,
             **outcome(work.result, layers),
         }
         publish(work, report, digests)

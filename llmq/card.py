@@ -94,10 +94,19 @@ def _introduction(report: Mapping[str, Any], base: str | None) -> str:
     at = f" (revision `{revision[:12]}`)" if base and revision else ""
     size = report.get("bytes")
     stored = f", {size / 1e6:.2f} MB of weights" if size is not None else ""
+    tuning = report.get("scale_tuning") or {}
+    tuned = ""
+    if tuning.get("kl_before") is not None and tuning.get("kl_after") is not None:
+        before, after = short(tuning["kl_before"]), short(tuning["kl_after"])
+        tuned = (
+            " In the end all scales were tuned together: KL on held-out calibration text "
+            f"{before} before, {after} after, nats per token."
+        )
     return (
         f"A weight-only quantized version of {of}{at}, made with "
         f"llmq {report['llmq']}: {_format(report)}, method `{report['method']}`, "
         f"{report['bits_per_weight']:.3f} bits per quantized weight, scales included{stored}."
+        f"{tuned}"
     )
 
 

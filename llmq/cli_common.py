@@ -24,6 +24,7 @@ class Quality(str, Enum):
 
     fast = "fast"
     balanced = "balanced"
+    best = "best"
 
 
 class Method(str, Enum):

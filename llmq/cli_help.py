@@ -11,8 +11,9 @@ MODEL is a folder or a name on the Hub; OUT loads in transformers, vLLM and SGLa
 QUANTIZE = (
     "Quantize a model.\n\n"
     "[bold]Which quality?[/bold] balanced (the default) asks every layer for what the original "
-    "model has in its place, and loses least. fast asks it for its own output, and "
-    "takes less time. "
+    "model has in its place. fast asks it for its own output, and takes less time. best tunes all "
+    "scales together after balanced, and loses least: the whole packed model must fit into memory, "
+    "and it takes several times as long. "
     "[bold]Which method?[/bold] Those of papers are there by name: gptq; awq and awq+gptq (for "
     "models with large activation outliers); rtn, which needs no text and takes seconds: fine at "
     "8 bits, poor at 3.\n\n"

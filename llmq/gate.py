@@ -74,13 +74,18 @@ class Gate:
             for stream in (0, 1):
                 states[stream] = self._logits(states[stream])
 
-    def verdict(self, states: Sequence[Tensor]) -> dict[str, Any]:
+    def verdict(self, states: Sequence[Tensor], model: Any = None) -> dict[str, Any]:
         """What the streams say in the end.
+
+        Args:
+            states: original, rounded, quantized.
+            model: the packed model if it is no longer what the third stream went through.
 
         Raises:
             IntegrityError: the quantized model is unusable.
         """
-        full, rounded, quantized = states[0], states[1], self._logits(states[2])
+        full, rounded = states[0], states[1]
+        quantized = self._logits(states[2]) if model is None else self._of(model)
         found = {
             "tokens": self._tokens.numel(),
             "kl": _kl(full, quantized),
@@ -131,6 +136,11 @@ class Gate:
         with source.outer():
             tied = self._recording.returns_tuple
             return logits_behind(source.model, source.blocks, self._tokens, states, tied)
+
+    def _of(self, model: Any) -> Tensor:
+        with torch.no_grad():
+            ids = self._tokens.to(model.get_input_embeddings().weight.device)
+            return model(input_ids=ids, use_cache=False).logits.cpu()
 
     def _perplexity(self, logits: Tensor) -> float:
         labels = self._tokens[:, 1:, None].to(logits.device)

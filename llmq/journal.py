@@ -5,6 +5,7 @@
         lock                held by the process that works here; the system frees it if that dies
         journal.json        what the run is, and what of it is finished
         part-00000.safetensors ...   finished blocks, packed
+    tuning-00015.safetensors     the state of tuning after so many steps
         stream-0-00003-00000.bin  the hidden states that leave the last finished block
         result/             becomes OUT, by rename, when it is complete
 
@@ -54,17 +55,21 @@ class Journal:
         identity: everything that determines the result, by name.
         blocks: per finished block, its file, that file's SHA-256, and its layers' reports.
         streams: per stream of hidden states, per batch, file, SHA-256, dtype and shape.
+        tuning: after the last block, the state of scale tuning: its file, that file's SHA-256, and
+            the numbers of a `tuning.Progress`.
         complete: whether `result/` only waits to be renamed.
     """
 
     identity: dict[str, Any]
     blocks: list[dict[str, Any]] = field(default_factory=list)
     streams: list[list[dict[str, Any]]] = field(default_factory=list)
+    tuning: dict[str, Any] | None = None
     complete: bool = False
 
     def files(self) -> list[dict[str, Any]]:
         """Every file that it names, with its SHA-256."""
-        return [*self.blocks, *(entry for stream in self.streams for entry in stream)]
+        tuning = [self.tuning] if self.tuning else []
+        return [*self.blocks, *tuning, *(entry for stream in self.streams for entry in stream)]
 
 
 class Workplace:

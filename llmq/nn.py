@@ -238,7 +238,7 @@ class PackedExperts(nn.Module):
         self.merged = not experts.is_transposed and getattr(experts, "is_concatenated", True)
         self.apply_gate = without_parameters(experts)._apply_gate
         self.wanted: str | None = backends.TORCH.name
-        self._experts: list[tuple[PackedLinear, PackedLinear]] | None = None
+        self._experts: list[tuple[Any, Any]] | None = None
         self._stacked: tuple[PackedWeight, PackedWeight] | None = None
         for name, scheme in self.schemes.items():
             N, K = self.shapes[name]
@@ -335,6 +335,10 @@ class PackedExperts(nn.Module):
         """Repack all experts, (gate_up, down) each, for `Triton.matmul_stacked`."""
         gate_up, down = (backends.TRITON.stack(layers) for layers in zip(*experts, strict=True))
         self._stacked = gate_up, down
+
+    def use_experts(self, experts: Sequence[tuple[nn.Module, nn.Module]]) -> None:
+        """Multiply by these (gate_up, down), one by one, until `prepare` is called."""
+        self._experts, self._stacked = list(experts), None
 
     def repacked(self) -> Iterator[Tensor]:
         """What the backends made of the parameters and keep beside them."""

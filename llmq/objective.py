@@ -155,6 +155,14 @@ class Matching(Problem):
         return min(SHARES, key=lambda share: share * (share * square - 2 * slope))
 
 
+def is_held_out(batch: int, count: int) -> bool:
+    """Whether a batch of calibration text, one of `count`, only judges: every sixth, and the last.
+
+    The last one, so that there is one.
+    """
+    return batch % HELD_OUT == HELD_OUT - 1 or batch == count - 1
+
+
 def damping(tokens: int, K: int) -> float:
     """What to add to H's diagonal, as a share of its mean, when `tokens` rows of length K made it.
 
@@ -216,9 +224,8 @@ def posed(
     K = work.get_parameter(f"{name}.weight").shape[-1]
     fit, judge = Drift(K, hidden[0].device), Drift(K, hidden[0].device)
     for b, ((x, h), (full_x, full_h)) in enumerate(zip(quantized, full, strict=True)):
-        held_out = b % HELD_OUT == HELD_OUT - 1 or b == len(calls) - 1
         missing = None if h is None or full_h is None else full_h.float() - h.float()
-        (judge if held_out else fit).add(x, full_x, missing)
+        (judge if is_held_out(b, len(calls)) else fit).add(x, full_x, missing)
     fit.add_up()
     judge.add_up()
     return [Matching.of(fit, judge)]

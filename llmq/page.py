@@ -117,6 +117,10 @@ def _tiles(report: Mapping[str, Any]) -> str:
         ("seconds", _known(report.get("seconds"), "{:.1f}")),
         ("peak memory", _known(report.get("peak_memory_bytes"), "{:.2e} bytes", 1e9, "{:.2f} GB")),
     ]
+    tuning = report.get("scale_tuning") or {}
+    if tuning.get("kl_before") is not None and tuning.get("kl_after") is not None:
+        change = f"{short(tuning['kl_before'])} to {short(tuning['kl_after'])}"
+        tiles.append(("KL on held-out calibration text, by tuning scales", change))
     for entry in report.get("evaluations", [])[-1:]:
         after = plus_minus(entry["perplexity"], entry.get("perplexity_stderr"))
         tiles.append(("perplexity", after))

@@ -21,6 +21,7 @@ from llmq.outlook import batch_windows, job
 from llmq.output import enough_memory, writing
 from llmq.progress import progress_bar
 from llmq.quantize import LayerReport, Recipe, input_widths, quantizable, quantize
+from llmq.refine import finish
 from llmq.report import (
     expert_coverage,
     layer_entry,
@@ -109,12 +110,12 @@ def solve(
     *,
     spill: bool,
     show: bool,
-) -> tuple[list[LayerReport], dict[str, str], dict[str, Any]] | None:
+) -> tuple[list[LayerReport], dict[str, str], dict[str, Any], dict[str, Any] | None] | None:
     """Quantize every block that is not finished, and write the checkpoint into `work.result`.
 
     Returns:
-        reports of the layers, the SHA-256 of every shard, and what the gate says; None in a
-        process that does not write.
+        reports of the layers, the SHA-256 of every shard, what the gate says, and how scales were
+        tuned, if they were; None in a process that does not write.
     """
     first = ranks.number() == 0
     mine = share(text.windows, recipe)
@@ -125,7 +126,9 @@ def solve(
         with progress_bar("Quantizing", blocks, show=show and first, before=before) as finished:
             store = Streamed(source, work, gate, spill, finished)
             layers = list(quantize(source.model, batches, recipe, device, store))
-        return (layers, *store.finish()) if first else None
+        if not first:
+            return None
+        return layers, *finish(store, source, work, batches, recipe.scales, device, show)
 
 
 def outcome(folder: Path, layers: Sequence[LayerReport]) -> dict[str, Any]:

@@ -49,6 +49,7 @@ from llmq.solvers import Solver
 from llmq.solvers.awq import AWQ
 from llmq.solvers.gptq import GPTQ
 from llmq.store import InMemory, LayerReport, Store
+from llmq.tuning import ScaleTuning
 
 EXPLODED = 1e6  # sound blocks multiply hidden states by a thousand at most
 PROBE = 32  # tokens with which structure is observed and smoothing pairs are proven
@@ -65,6 +66,8 @@ class Recipe:
         schemes: number formats of matrices that have one of their own, by module name.
         match: ask for the full-precision outputs, given the inputs behind quantized layers
             (see `objective`); else for the outputs that these inputs have in full precision.
+        scales: how scales are tuned when the last block is finished. That is done by who calls
+            `quantize`, since it needs the whole packed model (see `tuning` and `refine`).
         lm_head: whether the output layer is quantized too. If it is tied to the embeddings they
             are untied: the embeddings stay as they are.
         skip: patterns of linears to leave as they are: a module name or the end of one, with
@@ -77,6 +80,7 @@ class Recipe:
     skip: tuple[str, ...] = ()
     lm_head: bool = False
     match: bool = False
+    scales: ScaleTuning | None = None
     schemes: Mapping[str, QuantScheme] = field(default_factory=dict)
 
     def scheme_for(self, name: str) -> QuantScheme | None:

@@ -134,8 +134,7 @@ class Streamed:
             the SHA-256 of its shards, and what the gate says.
         """
         source, work = self._source, self._work
-        assert self._gate
-        verdict = self._gate.verdict(self._judged)
+        verdict = self.verdict()
         with writing(work.out):
             work.result.mkdir(exist_ok=True)
             with source.outer():
@@ -151,6 +150,15 @@ class Streamed:
             digests = saving.assemble({key: found[key] for key in expected}, work.result)
             write_companions(source.model, work.result, source.folder)
         return digests, verdict
+
+    def full_states(self) -> Sequence[Tensor]:
+        """Per batch, what leaves the full-precision model's last block, if the flow matches it."""
+        return self._streams[1]
+
+    def verdict(self, model: Any = None) -> dict[str, Any]:
+        """What the gate says; see there."""
+        assert self._gate
+        return self._gate.verdict(self._judged, model)
 
     def _write_block(
         self, index: int, block: nn.Module, solved: Mapping[str, Sequence[QuantizedWeight]]

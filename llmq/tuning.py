@@ -1,0 +1,321 @@
+"""Tune the scales of a whole quantized model, codes as they are, until its answers are nearest.
+
+Solvers see one layer at a time. Here the packed model runs as a whole, and its group scales s move
+along the gradient of the mean over tokens of
+
+    KL(full || quantized) = sum_v p_v (log p_v - log q_v)
+
+p and q the next-token probabilities of the full-precision and the quantized model. Codes and zero
+points are frozen, so the checkpoint keeps its layout; this is the end-to-end phase of EfficientQAT
+(Chen et al. 2024, arXiv:2407.11062, section 3.3) with KL instead of the language-model loss.
+
+Scales are s exp(theta), rounded to the dtype in which they are stored; the gradient passes straight
+through the rounding. Adam moves theta; every few steps held-out text judges the rounded scales, and
+the best ones that it saw win. The start is among them: the result is never worse there.
+
+Memory: about a byte per packed weight, everything else in float32 (bfloat16 on a GPU), and the
+activations of one micro-batch in all layers. The whole model must fit on one device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llmq.errors import NonFiniteError
+from llmq.nn import STACKS, PackedExperts, PackedLinear, packed_modules
+from llmq.objective import is_held_out
+from llmq.progress import progress_bar
+from llmq.scheme import stored
+
+BETAS, EPSILON = (0.9, 0.95), 1e-12  # gradients per scale are tiny in large models
+LOGITS = 2**25  # of one micro-batch at most, unless a single window has more
+
+Answers = Callable[[int, slice], Tensor]  # batch, its rows -> full-precision logits (B, T, V)
+
+
+@dataclass(frozen=True)
+class ScaleTuning:
+    """How scales are tuned.
+
+    Args:
+        steps: of Adam, each on one batch of calibration text.
+        rate: of learning, relative change of a scale per step; it rises in 4 steps and then falls
+            to 0 along a cosine.
+        every: steps between two looks at held-out text.
+        patience: looks without progress after which it ends.
+    """
+
+    steps: int = 120
+    rate: float = 2e-3
+    every: int = 15
+    patience: int = 3
+
+    def rate_at(self, step: int) -> float:
+        """The rate of step 0, 1, ..."""
+        fall = 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        return self.rate * min(1.0, (step + 1) / 4) * fall
+
+
+@dataclass
+class Progress:
+    """Where tuning is: all that is needed to go on in the very same way.
+
+    Attributes:
+        step: how many steps are done.
+        start: held-out KL before the first, nats per token.
+        best: the smallest held-out KL so far.
+        stale: looks since then.
+        tensors: "theta" and "best" (what it was then), "first" and "second" moments of its
+            gradient: float32 (P,), all scales of the model in one row.
+    """
+
+    step: int = 0
+    start: float = math.inf
+    best: float = math.inf
+    stale: int = 0
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def numbers(self) -> dict[str, Any]:
+        """Everything but the tensors."""
+        return {"step": self.step, "start": self.start, "best": self.best, "stale": self.stale}
+
+
+class _Product(torch.autograd.Function):
+    """x W^T with W = centred codes times scales; keeps x, but never W."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, theta: Tensor, scale: Tensor, centred: Tensor) -> Tensor:
+        ctx.save_for_backward(x, scale, centred)
+        return F.linear(x, _matrix(scale, centred, x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, scale, centred = ctx.saved_tensors
+        (grad,) = grads
+        rows, columns = grad.flatten(0, -2), x.flatten(0, -2)
+        by_weight = (rows.T @ columns).float().unflatten(1, (scale.shape[1], -1))  # (N, K/G, G)
+        by_scale = (by_weight * centred.unflatten(1, (scale.shape[1], -1))).sum(-1)
+        return grad @ _matrix(scale, centred, grad.dtype), by_scale * scale, None, None
+
+
+def _matrix(scale: Tensor, centred: Tensor, dtype: torch.dtype) -> Tensor:
+    groups = centred.unflatten(1, (scale.shape[1], -1)).to(dtype)
+    return (groups * scale.to(dtype).unsqueeze(-1)).flatten(1)
+
+
+class _Tunable(nn.Module):
+    """A packed linear with scales that learn.
+
+    Attributes:
+        theta: float32 (N, K/G), logarithms of what the scales are multiplied by.
+    """
+
+    def __init__(self, layer: PackedLinear):
+        super().__init__()
+        q = layer.quantized()
+        groups = q.codes.unflatten(1, (q.scale.shape[1], -1)).to(torch.int16)
+        narrow = torch.int16 if q.scheme.bits == 8 else torch.int8
+        # Attributes, not buffers: nothing that casts or moves the model may touch them.
+        self.centred = (groups - q.zero.unsqueeze(-1)).flatten(1).to(narrow)
+        self.start = q.scale.float()
+        self.dtype, self.qmax, self.order = q.scale.dtype, q.scheme.qmax, q.order
+        self.theta = torch.zeros_like(self.start).requires_grad_()
+        self.bias = layer.bias
+
+    def scale(self) -> Tensor:
+        """float32 (N, K/G), as the scales would be stored."""
+        return stored(self.start * self.theta.detach().exp(), self.dtype, self.qmax)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.order is None else x.index_select(-1, self.order)
+        y = _Product.apply(x, self.theta, self.scale(), self.centred)
+        assert isinstance(y, Tensor)
+        return y if self.bias is None else y + self.bias
+
+
+@contextmanager
+def _tunable(model: nn.Module) -> Iterator[dict[str, list[_Tunable]]]:
+    """`model` with scales that learn, everything else float32 (bfloat16 on GPUs) and frozen.
+
+    Yields the layers by name of their scales. At the end the model is as it was before, but for
+    the scales, which are those of the layers.
+    """
+    modules = dict(packed_modules(model))
+    made: dict[str, list[_Tunable]] = {}
+    kept: list[tuple[nn.Parameter, Tensor]] = []
+    for name, module in modules.items():
+        if isinstance(module, PackedLinear):
+            made[f"{name}.weight_scale"] = [_Tunable(module)]
+            model.set_submodule(name, made[f"{name}.weight_scale"][0])
+        else:
+            pairs = [module.expert(i) for i in range(module.num_experts)]
+            for stack, layers in zip(STACKS, zip(*pairs, strict=True), strict=True):
+                made[f"{name}.{stack}_scale"] = [_Tunable(layer) for layer in layers]
+    biases = (layer.bias for layers in made.values() for layer in layers if layer.bias is not None)
+    try:
+        for parameter in {id(p): p for p in (*model.parameters(), *biases)}.values():
+            parameter.requires_grad_(False)
+            if parameter.is_floating_point():
+                wide = torch.bfloat16 if parameter.is_cuda else torch.float32
+                kept.append((parameter, parameter.data))
+                parameter.data = parameter.data.to(wide)
+        for name, module in modules.items():
+            if isinstance(module, PackedExperts):
+                stacks = (made[f"{name}.{stack}_scale"] for stack in STACKS)
+                module.use_experts(list(zip(*stacks, strict=True)))
+        yield made
+    finally:
+        for parameter, data in kept:
+            parameter.data = data
+        for name, module in modules.items():
+            if isinstance(module, PackedLinear):
+                model.set_submodule(name, module)
+        for key, layers in made.items():
+            parent, _, leaf = key.rpartition(".")
+            scales = torch.stack([layer.scale().to(layer.dtype) for layer in layers])
+            scales = scales if leaf != "weight_scale" else scales[0]
+            setattr(model.get_submodule(parent), leaf, nn.Parameter(scales, requires_grad=False))
+        for module in modules.values():
+            module.prepare(module.wanted)
+
+
+def divergence(full: Tensor, other: Tensor) -> Tensor:
+    """KL(full || other) per token, float32 (B, T), of logits (B, T, V)."""
+    p, q = full.float().log_softmax(-1), other.float().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+class _Run:
+    """The model, the text, and how far it is from the full-precision answers."""
+
+    def __init__(self, model: Any, batches: Sequence[Tensor], answers: Answers, layers: list[Any]):
+        self.model, self.batches, self.answers, self.layers = model, batches, answers, layers
+        self.vocabulary = model.config.get_text_config().vocab_size
+        self.device = model.get_input_embeddings().weight.device
+        count = len(batches)
+        self.judging = [b for b in range(count) if is_held_out(b, count)]
+        self.training = [b for b in range(count) if not is_held_out(b, count)]
+
+    def pieces(self, b: int) -> Iterator[slice]:
+        """Rows of a batch that are run together."""
+        rows, length = self.batches[b].shape
+        step = max(1, LOGITS // (length * self.vocabulary))
+        return (slice(i, min(i + step, rows)) for i in range(0, rows, step))
+
+    def misses(self, b: int, rows: slice) -> Tensor:
+        """KL per token (B, T) of rows of a batch."""
+        with torch.no_grad():
+            full = self.answers(b, rows).to(self.device)
+        ids = self.batches[b][rows].to(self.device)
+        return divergence(full, self.model(input_ids=ids, use_cache=False).logits)
+
+    @torch.no_grad()
+    def judge(self) -> float:
+        """Mean KL on held-out text."""
+        total = sum(
+            float(self.misses(b, rows).double().sum())
+            for b in self.judging
+            for rows in self.pieces(b)
+        )
+        return total / sum(self.batches[b].numel() for b in self.judging)
+
+    def gradient(self, step: int) -> Tensor:
+        """Of the mean KL of one batch with respect to all thetas, float32 (P,)."""
+        turn, place = divmod(step, len(self.training))
+        order = torch.randperm(len(self.training), generator=torch.Generator().manual_seed(turn))
+        b = self.training[int(order[place])]
+        for rows in self.pieces(b):
+            (self.misses(b, rows).sum() / self.batches[b].numel()).backward()
+        parts = []
+        for layer in self.layers:
+            grad = layer.theta.grad  # None for an expert that no token reached
+            parts.append((torch.zeros_like(layer.theta) if grad is None else grad).flatten())
+            layer.theta.grad = None
+        return torch.cat(parts)
+
+    def put(self, theta: Tensor) -> None:
+        """Let the layers have these thetas (P,)."""
+        sizes = [layer.theta.numel() for layer in self.layers]
+        for layer, part in zip(self.layers, theta.split(sizes), strict=True):
+            layer.theta.data = part.view_as(layer.theta).clone()
+
+
+def tune_scales(
+    model: Any,
+    batches: Sequence[Tensor],
+    answers: Answers,
+    how: ScaleTuning,
+    *,
+    begun: Progress | None = None,
+    keep: Callable[[Progress], None] = lambda progress: None,
+    show: bool = False,
+) -> Progress:
+    """Tune the scales of a packed model in place.
+
+    Args:
+        model: a causal language model with packed modules, all on one device.
+        batches: token ids, int64 (B, T) each; every sixth and the last only judge.
+        answers: the full-precision logits (B, T, V) of rows of a batch.
+        how: see there.
+        begun: where an earlier call was when it was stopped.
+        keep: is given the progress at every look at held-out text.
+        show: a bar on standard error if that is a terminal.
+
+    Returns:
+        what `keep` was given last. With a single batch nothing can be held out, and nothing is
+        changed.
+
+    Raises:
+        NonFiniteError: the quantized model's answers on held-out text are NaN or infinite.
+    """
+    progress = begun or Progress()
+    if len(batches) < 2:
+        return progress
+    with _tunable(model) as made, torch.enable_grad():
+        run = _Run(model, batches, answers, [layer for stack in made.values() for layer in stack])
+        tensors = progress.tensors
+        if begun is None:
+            progress.start = progress.best = run.judge()
+            theta = torch.cat([layer.theta.detach().flatten() for layer in run.layers])
+            tensors |= {k: theta.clone() for k in ("theta", "best", "first", "second")}
+        if not math.isfinite(progress.start):
+            raise NonFiniteError("The quantized model returns NaN or infinite logits.")
+        run.put(tensors["theta"])
+        with progress_bar("Tuning scales", how.steps, show=show, before=progress.step) as advance:
+            while progress.step < how.steps and progress.stale < how.patience:
+                _adam(tensors, run.gradient(progress.step), progress.step, how)
+                run.put(tensors["theta"])
+                progress.step += 1
+                if progress.step % how.every == 0 or progress.step == how.steps:
+                    _look(progress, run.judge())
+                    keep(progress)
+                advance(progress.step)
+        run.put(tensors["best"])
+    return progress
+
+
+def _adam(tensors: dict[str, Tensor], grad: Tensor, step: int, how: ScaleTuning) -> None:
+    """One step of theta and its moments, in place."""
+    first, second = tensors["first"], tensors["second"]
+    first.lerp_(grad, 1 - BETAS[0])
+    second.lerp_(grad.square(), 1 - BETAS[1])
+    ahead = first / (1 - BETAS[0] ** (step + 1))
+    spread = (second / (1 - BETAS[1] ** (step + 1))).sqrt_().add_(EPSILON)
+    tensors["theta"].sub_(ahead.div_(spread), alpha=how.rate_at(step))
+
+
+def _look(progress: Progress, kl: float) -> None:
+    """Take note of what held-out text says; NaN is no progress."""
+    if kl < progress.best:
+        progress.best, progress.stale = kl, 0
+        progress.tensors["best"] = progress.tensors["theta"].clone()
+    else:
+        progress.stale += 1

@@ -1,0 +1,196 @@
+"""Scale tuning: the gradient, what may change and what may not, and going on after a stop."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_journal import OPTIONS, TEXT, bytes_of
+from test_quantize import batches, divergence
+from torch import Tensor, nn
+from zoo import save_tiny, tiny_model
+
+from llmq import api, demo
+from llmq.calibrate import token_windows
+from llmq.journal import Workplace
+from llmq.ladder import QUALITIES
+from llmq.nn import PackedLinear
+from llmq.quantize import Recipe, quantize
+from llmq.scheme import QuantScheme
+from llmq.solvers.rtn import RTN
+from llmq.tuning import Progress, ScaleTuning, _Tunable, tune_scales
+
+QUICK = ScaleTuning(steps=12, rate=1e-2, every=3)
+
+
+def rounded(model: Any, scheme: QuantScheme) -> Any:
+    result = copy.deepcopy(model)
+    list(quantize(result, batches(model), Recipe(scheme, RTN())))
+    return result
+
+
+def answers_of(model: nn.Module, ids: list[Tensor]) -> Any:
+    return lambda b, rows: model(input_ids=ids[b][rows], use_cache=False).logits
+
+
+def tuned(model: Any, packed: Any, how: ScaleTuning = QUICK, **more: Any) -> Progress:
+    ids = batches(model, 7)
+    return tune_scales(packed, ids, answers_of(model, ids), how, **more)
+
+
+@pytest.mark.parametrize(
+    "scheme", [QuantScheme(3, 32), QuantScheme(8, 64, symmetric=True)], ids=str
+)
+def test_the_gradient_is_that_of_the_scales(scheme):
+    g = torch.Generator().manual_seed(0)
+    layer = PackedLinear.from_linear(nn.Linear(128, 48), scheme)
+    x = torch.randn(2, 5, 128, generator=g, requires_grad=True)
+    out = torch.randn(2, 5, 48, generator=g)
+    made = _Tunable(layer)
+    (made(x) * out).sum().backward()
+    q = layer.quantized()
+    theta = torch.zeros(q.scale.shape, dtype=torch.float64, requires_grad=True)
+    centred = q.codes.double() - q.zero.double().repeat_interleave(128 // q.scale.shape[1], 1)
+    scales = (q.scale.detach().double() * theta.exp()).repeat_interleave(128 // q.scale.shape[1], 1)
+    y = x.detach().double().requires_grad_()
+    ((y @ (centred * scales).T) * out.double()).sum().backward()
+    assert made.theta.grad is not None
+    torch.testing.assert_close(made.theta.grad.double(), theta.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(x.grad.double(), y.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "mixtral", "gpt_oss", "falcon"])
+def test_only_scales_change_and_held_out_text_gains(name):
+    model: Any = tiny_model(name, dtype=torch.bfloat16).eval()
+    packed = rounded(model, QuantScheme(2, 32))
+    before = {key: tensor.clone() for key, tensor in packed.state_dict().items()}
+    full = copy.deepcopy(model).float()
+    progress = tuned(full, packed)
+    assert progress.best < 0.99 * progress.start
+    after = packed.state_dict()
+    assert before.keys() == after.keys()
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert all(key.endswith("_scale") for key in changed)
+    assert len(changed) > 5
+    assert all(before[key].dtype == after[key].dtype for key in changed)
+    ids = batches(model, 7)[-1]
+    found = divergence(full, copy.deepcopy(packed).float(), ids)
+    assert found < divergence(full, rounded(model, QuantScheme(2, 32)).float(), ids)
+
+
+def test_the_start_is_kept_if_nothing_is_better():
+    model: Any = tiny_model("llama", dtype=torch.float32).eval()
+    packed = rounded(model, QuantScheme(4, 32))
+    before = {key: tensor.clone() for key, tensor in packed.state_dict().items()}
+    progress = tuned(model, packed, ScaleTuning(steps=30, rate=3.0, every=2))
+    assert progress.best == progress.start
+    assert progress.step == 6  # three looks without progress
+    assert all(torch.equal(before[key], value) for key, value in packed.state_dict().items())
+
+
+def test_one_batch_leaves_nothing_to_judge_by():
+    model: Any = tiny_model("llama", dtype=torch.float32).eval()
+    packed = rounded(model, QuantScheme(2, 32))
+    before = copy.deepcopy(packed.state_dict())
+    ids = batches(model, 1)
+    tune_scales(packed, ids, answers_of(model, ids), QUICK)
+    assert all(torch.equal(before[key], value) for key, value in packed.state_dict().items())
+
+
+def test_threads_do_not_matter():
+    model: Any = tiny_model("qwen3", dtype=torch.float32).eval()
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            packed = rounded(model, QuantScheme(2, 32))
+            tuned(model, packed)
+            found.append(packed.state_dict())
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("llama", tmp_path_factory.mktemp("tuning") / "model", torch.bfloat16)
+
+
+BEST: dict[str, Any] = {**OPTIONS, "samples": 12, "bits": 2, "calibration": TEXT}
+
+
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe(QUALITIES["best"].scheme, QUALITIES["best"].solver, match=True, scales=QUICK)
+    monkeypatch.setitem(QUALITIES, "best", recipe)
+
+
+def test_best_writes_the_codes_of_balanced(source, tmp_path, monkeypatch):
+    short(monkeypatch)
+    report = api.quantize(source, tmp_path / "best", quality="best", **BEST)
+    api.quantize(source, tmp_path / "balanced", quality="balanced", **BEST)
+    best, balanced = (load_file(tmp_path / x / "model.safetensors") for x in ("best", "balanced"))
+    assert best.keys() == balanced.keys()
+    changed = {key for key in best if not torch.equal(best[key], balanced[key])}
+    assert changed
+    assert all(key.endswith(".weight_scale") for key in changed)
+    tuning = report["scale_tuning"]
+    assert tuning["kl_after"] < tuning["kl_before"]
+    saved = json.loads((tmp_path / "best" / "quantization_report.json").read_text())
+    assert saved["scale_tuning"] == tuning
+    assert "by tuning scales" in (tmp_path / "best" / "quantization_report.html").read_text()
+    log = (tmp_path / "best" / "quantization_log.jsonl").read_text()
+    assert log.count('"event": "tuning"') == 4
+
+
+@pytest.mark.parametrize("looks", [0, 2])
+def test_a_stopped_tuning_goes_on(source, tmp_path, monkeypatch, looks):
+    short(monkeypatch)
+    log = Workplace.log
+    seen = []
+
+    def stopping(self: Workplace, event: str, **fields: Any) -> None:
+        seen.append(event)
+        if event == "tuning" and seen.count("tuning") > looks:
+            raise KeyboardInterrupt
+        log(self, event, **fields)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Workplace, "log", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            api.quantize(source, tmp_path / "stopped", quality="best", **BEST)
+    assert not (tmp_path / "stopped").exists()
+    steps = []
+
+    def noting(self: Workplace, event: str, **fields: Any) -> None:
+        steps.append(fields.get("step"))
+        log(self, event, **fields)
+
+    monkeypatch.setattr(Workplace, "log", noting)
+    api.quantize(source, tmp_path / "stopped", quality="best", **BEST)
+    assert [step for step in steps if step] == [3, 6, 9, 12][looks + 1 :]
+    api.quantize(source, tmp_path / "whole", quality="best", **BEST)
+    assert bytes_of(tmp_path / "stopped") == bytes_of(tmp_path / "whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["stopped", "whole"]
+
+
+def test_a_trained_model_gains_on_text_that_nobody_saw():
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model: Any = AutoModelForCausalLM.from_pretrained(demo.model_path(), dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(demo.model_path())
+    windows = token_windows(demo.calibration_path(), tokenizer, seq_len=128, samples=64, seed=0)
+    test = token_windows(demo.evaluation_path(), tokenizer, seq_len=128, samples=16)
+    packed = copy.deepcopy(model)
+    scheme = QuantScheme(2, 64, symmetric=True)
+    recipe = Recipe(scheme, QUALITIES["balanced"].solver, match=True)
+    ids = list(windows.split(8))
+    list(quantize(packed, ids, recipe))
+    before = divergence(model, packed, test)
+    tune_scales(packed, ids, answers_of(model, ids), ScaleTuning(steps=30, every=10))
+    assert divergence(model, packed, test) < 0.9 * before
