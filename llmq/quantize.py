@@ -50,6 +50,7 @@ from llmq.solvers.awq import AWQ
 from llmq.solvers.gptq import GPTQ
 from llmq.store import InMemory, LayerReport, Store
 from llmq.tuning import ScaleTuning
+from llmq.tuning_blocks import BlockTuning, tune_block
 
 EXPLODED = 1e6  # sound blocks multiply hidden states by a thousand at most
 PROBE = 32  # tokens with which structure is observed and smoothing pairs are proven
@@ -66,6 +67,8 @@ class Recipe:
         schemes: number formats of matrices that have one of their own, by module name.
         match: ask for the full-precision outputs, given the inputs behind quantized layers
             (see `objective`); else for the outputs that these inputs have in full precision.
+        block: how codes and scales of a finished block are tuned towards the full-precision
+            block's output, or None; needs `match`. Reports tell of the codes before that.
         scales: how scales are tuned when the last block is finished. That is done by who calls
             `quantize`, since it needs the whole packed model (see `tuning` and `refine`).
         lm_head: whether the output layer is quantized too. If it is tied to the embeddings they
@@ -80,6 +83,7 @@ class Recipe:
     skip: tuple[str, ...] = ()
     lm_head: bool = False
     match: bool = False
+    block: BlockTuning | None = None
     scales: ScaleTuning | None = None
     schemes: Mapping[str, QuantScheme] = field(default_factory=dict)
 
@@ -196,6 +200,10 @@ class _BlockJob:
             if not self.lean:
                 for run in solution.runs:
                     keep_outputs(run, done, len(calls))
+        if recipe.block and twin:
+            wanted = [run_block(twin.block, x, c) for x, c in zip(more[0], calls, strict=True)]
+            solved = tune_block(view, solution.solved, hidden, calls, wanted, recipe.block)
+            solution.solved, solution.runs[0] = solved, _with(view, solved, effort, dtype)
         return solution
 
 
@@ -394,6 +402,17 @@ def _solve_group(
         e += 1
     for n in schemes:
         yield n, reports[n], results[n]
+
+
+def _with(
+    view: nn.Module, solved: dict[str, list[QuantizedWeight]], effort: Effort, dtype: torch.dtype
+) -> nn.Module:
+    """A copy of a block to run, with quantized weights."""
+    work = run_copy(view, effort.device, dtype)
+    for name, results in solved.items():
+        for e, q in enumerate(results):
+            _matrix(work, name, e).copy_(q.dequantize())
+    return work
 
 
 def _expert_name(stack: str, expert: int) -> str:

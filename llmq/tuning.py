@@ -54,7 +54,7 @@ class ScaleTuning:
     """
 
     steps: int = 120
-    rate: float = 2e-3
+    rate: float = 5e-3
     every: int = 15
     patience: int = 3
 

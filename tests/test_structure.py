@@ -40,7 +40,7 @@ LEVELS = [
     {"blocks", "correction", "solvers.descent"},
     {"solvers.awq_pairs", "residual", "retry"},
     {"solvers.awq", "objective", "sensitivity"},
-    {"tuning"},
+    {"tuning", "tuning_blocks"},
     {"quantize", "evaluate", "hf.skeleton", "hf.names", "protocols"},
     {"hf.rounding", "ladder", "hf.foreign", "engines", "outlook"},
     {"hf.quantizer"},

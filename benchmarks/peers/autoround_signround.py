@@ -12,6 +12,7 @@ START = time.perf_counter()
 import argparse  # noqa: E402
 import json  # noqa: E402
 import resource  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 import torch  # noqa: E402
 from auto_round import AutoRound  # noqa: E402
@@ -53,6 +54,9 @@ rounder = AutoRound(
 before = time.perf_counter()
 rounder.quantize_and_save(args.out, format="auto_round:gptqmodel")
 seconds = time.perf_counter() - before
+[config] = Path(args.out).rglob("config.json")  # it makes a folder within OUT
+for path in config.parent.iterdir():
+    path.rename(Path(args.out) / path.name)
 
 print()
 print(
