@@ -129,7 +129,11 @@ def measure(
     for start in range(0, len(chosen), AT_ONCE):
         rows, plain = [], []
         for contender in chosen[start : start + AT_ONCE]:
-            cost, folder = run(contender, local, calib)
+            try:
+                cost, folder = run(contender, local, calib)
+            except (SystemExit, subprocess.CalledProcessError) as error:
+                print(f"{contender.name} at {average:g} bits: no result: {error}", flush=True)
+                continue
             row = {**vars(contender), "bits": average, "group_size": args.group, **cost}
             if contender.tool == "llmq":
                 report = folder.with_name(folder.name.removesuffix("-plain"))
@@ -137,7 +141,7 @@ def measure(
                 row["predicted_kl"] = json.loads(report.read_text())["predicted_kl"]
             rows.append(row)
             plain.append(folder)
-        for text, join in zip(args.text, args.join, strict=True):
+        for text, join in zip(args.text, args.join, strict=True) if rows else ():
             local.text, local.join = text, join
             yield from judged(rows, plain, local)
         for folder in plain:  # they are large, and easily made again
