@@ -123,6 +123,7 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     console = start(as_json)
+    from llmq.drawing import allocation_picture
     from llmq.report import size, table
     from llmq.stored import bits_per_weight, inspect_checkpoint
 
@@ -140,6 +141,9 @@ def inspect(
     console.print(table("", ["layer", "format", "shape", "size", "error"], rows))
     total = sum(layer.bytes for layer in layers)
     bits = bits_per_weight(layers)
+    if picture := allocation_picture((layer.name, layer.scheme) for layer in layers):
+        title = "Bits of every layer:\n"
+        console.print(title, picture, sep="", highlight=False, markup=False, soft_wrap=True)
     console.print(f"{size(total)}; {bits:.3f} bits per quantized weight.", highlight=False)
     entries = [asdict(layer) for layer in layers]
     finish({"bits_per_weight": bits, "bytes": total, "layers": entries}, as_json)

@@ -75,6 +75,9 @@ class Recipe:
             are untied: the embeddings stay as they are.
         skip: patterns of linears to leave as they are: a module name or the end of one, with
             shell wildcards ("model.layers.0.*", "down_proj", "*.mlp.*").
+
+    Raises:
+        SchemeError: tuning without `match`.
     """
 
     scheme: QuantScheme = QuantScheme()
@@ -86,6 +89,10 @@ class Recipe:
     block: BlockTuning | None = None
     scales: ScaleTuning | None = None
     schemes: Mapping[str, QuantScheme] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if (self.block or self.scales) and not self.match:
+            raise SchemeError("Tuning compares with the full-precision stream: use match=True.")
 
     def scheme_for(self, name: str) -> QuantScheme | None:
         """The number format of the linear called `name`; None if it is skipped."""

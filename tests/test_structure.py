@@ -34,7 +34,7 @@ LEVELS = [
         "calibrate",
         "journal",
     },
-    {"backends", "formats.gptq", "formats.awq", "formats.gguf"},
+    {"backends", "formats.gptq", "formats.awq", "formats.gguf", "drawing"},
     {"nn", "solvers", "solvers.grid", "formats.layouts"},
     {"fuse", "peft", "adapters", "store", "solvers.rtn", "solvers.gptq"},
     {"blocks", "correction", "solvers.descent"},
