@@ -183,9 +183,9 @@ def store(rows: list[dict[str, Any]], path: Path, head: dict[str, Any]) -> None:
     keys = ("model", "text", "name", "symmetric", "bits", "group_size")
     new = {tuple(row[key] for key in keys) for row in rows}
     kept = [row for row in data["rows"] if tuple(row[key] for key in keys) not in new]
-    head["peers"] = {**data.get("peers", {}), **head["peers"]}
+    peers = {**data.get("peers", {}), **head["peers"]}
     every = kept + rows
-    data = {**data, **head, "summary": quality_report.summary(every), "rows": every}
+    data = {**data, **head, "peers": peers, "summary": quality_report.summary(every), "rows": every}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data, indent=1) + "\n")
 
@@ -216,7 +216,7 @@ def main() -> None:
         for tool, distribution in DISTRIBUTIONS.items()
         if getattr(args, tool)
     }
-    head = {"environment": environment(args.threads), "peers": peers}
+    head: dict[str, Any] = {"environment": environment(args.threads), "peers": peers}
     calibration = f"{args.calibration.name}: {args.samples} x {args.seq_len} tokens"
     for average, chosen in settings(args):
         for row in measure(average, chosen, args, calib):

@@ -7,9 +7,9 @@ w_t = mean_o (d loss / d y_to)^2, and
 
     KL(bits)  ~  1/2 tr(D H D^T),   H = mean_t w_t x_t x_t^T,   D = Q(W, bits) - W
 
-D comes from GPTQ with this very H. Layers are summed as if they did not interact; errors of a later
-solver that takes quantized inputs into account are smaller, so predictions are for ranking layers
-and widths. The idea is that of GuidedQuant (Kim et al. 2025, arXiv 2505.07004), used to allocate.
+D comes from GPTQ and coordinate descent, as in the flow, with this very H. Layers are summed as if
+they did not interact; errors of a solver that takes quantized inputs into account are smaller, so
+predictions are for ranking layers and widths. The idea is that of GuidedQuant (Kim et al. 2025, arXiv 2505.07004), used to allocate.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from llmq.blocks import (
 )
 from llmq.errors import NonFiniteError, SchemeError
 from llmq.scheme import QuantScheme
-from llmq.solvers.descent import row_errors
-from llmq.solvers.gptq import GPTQ
+from llmq.solvers.descent import Polished, row_errors
 
 WIDTHS = (2, 3, 4, 8)
 PROBE = 32  # tokens with which it is observed which linears read one tensor
+SOLVER = Polished(sweeps=2)  # the ladder's solver, without its last sweeps: they gain little
 CLIP = 50.0  # a token weighs at most so many times the mean of its batch
 
 
@@ -192,7 +192,7 @@ def _predict(W: Tensor, H: Tensor, group_size: int, symmetric: bool) -> dict[int
     for bits in WIDTHS:
         scheme = QuantScheme(bits, group_size, symmetric)
         errors = [
-            float(row_errors(one.to(H.device), H, GPTQ().solve(one.to(H.device), H, scheme)).sum())
+            float(row_errors(one.to(H.device), H, SOLVER.solve(one.to(H.device), H, scheme)).sum())
             for one in matrices
         ]
         kl[bits] = sum(errors) / len(errors) / 2

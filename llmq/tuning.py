@@ -150,7 +150,7 @@ def _tunable(model: nn.Module) -> Iterator[dict[str, list[_Tunable]]]:
     """
     modules = dict(packed_modules(model))
     made: dict[str, list[_Tunable]] = {}
-    kept: list[tuple[nn.Parameter, Tensor]] = []
+    kept: list[tuple[Tensor, Tensor]] = []
     for name, module in modules.items():
         if isinstance(module, PackedLinear):
             made[f"{name}.weight_scale"] = [_Tunable(module)]

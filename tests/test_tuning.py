@@ -22,6 +22,7 @@ from llmq.ladder import QUALITIES
 from llmq.nn import PackedLinear
 from llmq.quantize import Recipe, quantize
 from llmq.scheme import QuantScheme
+from llmq.solvers.gptq import GPTQ
 from llmq.solvers.rtn import RTN
 from llmq.tuning import Progress, ScaleTuning, _Tunable, tune_scales
 
@@ -38,9 +39,9 @@ def answers_of(model: nn.Module, ids: list[Tensor]) -> Any:
     return lambda b, rows: model(input_ids=ids[b][rows], use_cache=False).logits
 
 
-def tuned(model: Any, packed: Any, how: ScaleTuning = QUICK, **more: Any) -> Progress:
-    ids = batches(model, 7)
-    return tune_scales(packed, ids, answers_of(model, ids), how, **more)
+def tuned(model: Any, packed: Any, how: ScaleTuning = QUICK, count: int = 7) -> Progress:
+    ids = batches(model, count)
+    return tune_scales(packed, ids, answers_of(model, ids), how)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +61,8 @@ def test_the_gradient_is_that_of_the_scales(scheme):
     y = x.detach().double().requires_grad_()
     ((y @ (centred * scales).T) * out.double()).sum().backward()
     assert made.theta.grad is not None
+    assert x.grad is not None
+    assert y.grad is not None
     torch.testing.assert_close(made.theta.grad.double(), theta.grad, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(x.grad.double(), y.grad, rtol=1e-4, atol=1e-5)
 
@@ -110,7 +113,7 @@ def test_threads_do_not_matter():
         for count in (1, 2):
             torch.set_num_threads(count)
             packed = rounded(model, QuantScheme(2, 32))
-            tuned(model, packed, ScaleTuning(steps=4, rate=1e-2, every=2))
+            tuned(model, packed, ScaleTuning(steps=2, rate=1e-2, every=1), count=2)
             found.append(packed.state_dict())
     finally:
         torch.set_num_threads(threads)
@@ -184,13 +187,11 @@ def test_a_trained_model_gains_on_text_that_nobody_saw():
 
     model: Any = AutoModelForCausalLM.from_pretrained(demo.model_path(), dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(demo.model_path())
-    windows = token_windows(demo.calibration_path(), tokenizer, seq_len=128, samples=64, seed=0)
+    windows = token_windows(demo.calibration_path(), tokenizer, seq_len=128, samples=32, seed=0)
     test = token_windows(demo.evaluation_path(), tokenizer, seq_len=128, samples=16)
     packed = copy.deepcopy(model)
-    scheme = QuantScheme(2, 64, symmetric=True)
-    recipe = Recipe(scheme, QUALITIES["balanced"].solver, match=True)
-    ids = list(windows.split(8))
-    list(quantize(packed, ids, recipe))
+    ids = list(windows.split(4))
+    list(quantize(packed, ids, Recipe(QuantScheme(2, 64, symmetric=True), GPTQ())))
     before = divergence(model, packed, test)
-    tune_scales(packed, ids, answers_of(model, ids), ScaleTuning(steps=20, rate=5e-3, every=10))
-    assert divergence(model, packed, test) < 0.98 * before
+    tune_scales(packed, ids, answers_of(model, ids), ScaleTuning(steps=16, every=8))
+    assert divergence(model, packed, test) < 0.95 * before
