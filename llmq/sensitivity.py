@@ -9,7 +9,8 @@ w_t = mean_o (d loss / d y_to)^2, and
 
 D comes from GPTQ and coordinate descent, as in the flow, with this very H. Layers are summed as if
 they did not interact; errors of a solver that takes quantized inputs into account are smaller, so
-predictions are for ranking layers and widths. The idea is that of GuidedQuant (Kim et al. 2025, arXiv 2505.07004), used to allocate.
+predictions are for ranking layers and widths. The idea is that of GuidedQuant (Kim et al. 2025,
+arXiv 2505.07004), used to allocate.
 """
 
 from __future__ import annotations
