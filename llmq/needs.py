@@ -14,6 +14,7 @@ JUDGED = 256  # tokens that the gate carries along
 SLICE = 1 << 22  # weights whose errors are summed at once, see `scheme.QuantizedWeight.slices`
 TRIALS = 1 << 20  # weights times candidates that a grid search tries at once
 CHUNK = 1 << 24  # bytes of a file that are checked at once
+LOGITS = 1 << 25  # of one piece of a batch while scales are tuned, see `tuning`
 
 Kind = Literal["rtn", "grid", "gptq", "polished"]
 
@@ -83,6 +84,7 @@ class Job:
         lean: whether hidden states are kept in files.
         scan: whether the whole model is run backwards first, to allocate an average of bits.
         head: whether the output layer is quantized too.
+        tuning: steps of tuning all scales in the end.
     """
 
     tokens: int
@@ -94,6 +96,7 @@ class Job:
     lean: bool = False
     scan: bool = False
     head: bool = False
+    tuning: int = 0
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,8 @@ def memory(shape: Shape, job: Job) -> list[Phase]:
     phases += [_judging(shape, job), _writing(shape, job), _ending(shape)]
     if job.head:
         phases.append(_solving_head(shape, job))
+    if job.tuning:
+        phases.append(_tuning(shape, job))
     return phases
 
 
@@ -278,3 +283,25 @@ def _scanning(shape: Shape, job: Job) -> Phase:
     model = shape.blocks * shape.block_bytes + shape.rest_bytes
     device = {"model": model, "second moments": moments, "activations": kept, "logits": logits}
     return Phase("scanning", device)
+
+
+def tuning_piece(shape: Shape, job: Job) -> int:
+    """Tokens that go through the whole model at once while scales are tuned."""
+    return max(job.window, min(job.batch, LOGITS // shape.vocabulary))
+
+
+def _tuning(shape: Shape, job: Job) -> Phase:
+    """The packed model with its codes, activations of a piece in float32, the way back."""
+    weights = sum(g.weights for g in shape.groups) * shape.blocks
+    inside = sum(g.active * (2 * g.rows + g.columns) for g in shape.groups) + 6 * shape.hidden
+    piece = tuning_piece(shape, job)
+    device = {
+        **_carried(shape, job),
+        "packed weights and codes": 2 * weights,
+        "scales and their moments": weights // 2,
+        "embeddings and output layer": 3 * 4 * shape.rest_bytes // shape.itemsize,
+        "activations": 4 * piece * inside * shape.blocks,
+        "logits": 8 * 4 * piece * shape.vocabulary,
+        "a matrix": 4 * 4 * max(g.widest * g.columns for g in shape.groups),
+    }
+    return Phase("tuning scales", device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmq.needs import JUDGED, Job, Shape
+from llmq.needs import JUDGED, Job, Shape, tuning_piece
 
 SWEEPS = 5  # of coordinate descent
 
@@ -53,6 +53,14 @@ def operations(shape: Shape, job: Job) -> dict[str, float]:
         N, K = shape.vocabulary, shape.hidden
         total["float32"] += 1.25 * job.tokens * K * K + N * K * K * (5 + 2 * sweeps)
         total["elements"] += N * K * (310 + 75 * sweeps)
+    if job.tuning:
+        weights = shape.blocks * sum(g.active * g.rows * g.columns for g in shape.groups)
+        tokens = job.tuning * job.batch
+        # Forward, backward, both logits, and about eight looks at a sixth of the text.
+        total["float32"] += tokens * (6 * weights + 8 * shape.vocabulary * shape.hidden)
+        total["float32"] += 8 / 6 * job.tokens * (2 * weights + 4 * shape.vocabulary * shape.hidden)
+        total["elements"] += tokens / tuning_piece(shape, job) * 8 * weights
+        total["elements"] += tokens * shape.vocabulary * 12
     if job.scan:
         weights = shape.blocks * sum(g.active * g.rows * g.columns for g in shape.groups)
         total["model"] += 6 * min(job.tokens, 32 * job.window) * weights

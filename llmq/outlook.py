@@ -69,6 +69,7 @@ def job(recipe: Recipe, windows: int, window: int, lean: bool, scan: bool) -> Jo
         lean=lean,
         scan=scan,
         head=recipe.lm_head,
+        tuning=recipe.scales.steps if recipe.scales else 0,
     )
 
 

@@ -19,7 +19,10 @@ from llmq import api, demo
 from llmq.calibrate import token_windows
 from llmq.journal import Workplace
 from llmq.ladder import QUALITIES
+from llmq.needs import memory
 from llmq.nn import PackedLinear
+from llmq.operations import operations
+from llmq.outlook import job, shape
 from llmq.quantize import Recipe, quantize
 from llmq.scheme import QuantScheme
 from llmq.solvers.gptq import GPTQ
@@ -195,3 +198,17 @@ def test_a_trained_model_gains_on_text_that_nobody_saw():
     before = divergence(model, packed, test)
     tune_scales(packed, ids, answers_of(model, ids), ScaleTuning(steps=16, every=8))
     assert divergence(model, packed, test) < 0.95 * before
+
+
+def test_a_plan_counts_the_tuning():
+    model: Any = tiny_model("llama", dtype=torch.bfloat16)
+    found = {}
+    for name in ("balanced", "best"):
+        recipe = QUALITIES[name]
+        wanted = job(recipe, windows=32, window=64, lean=False, scan=False)
+        of = shape(model, recipe)
+        phases = {phase.name: phase.on_device for phase in memory(of, wanted)}
+        found[name] = phases, operations(of, wanted)["float32"]
+    assert found["best"][0].keys() - found["balanced"][0].keys() == {"tuning scales"}
+    assert found["best"][0]["tuning scales"] > 0
+    assert found["best"][1] > found["balanced"][1]
