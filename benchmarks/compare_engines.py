@@ -243,7 +243,7 @@ def python_of(name: str, venvs: Path) -> Path:
 @torch.no_grad()
 def compare(model: Any, prompts: list[list[int]], answers: list[dict[str, Any]]) -> dict[str, Any]:
     """How an engine's tokens and log-probabilities compare with the model's own."""
-    same, total, differences = 0, 0, []
+    same, total, behind, differences = 0, 0, 0.0, []
     for prompt, answer in zip(prompts, answers, strict=True):
         tokens = torch.tensor([prompt + answer["tokens"]])
         scores = model(tokens).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
@@ -251,10 +251,12 @@ def compare(model: Any, prompts: list[list[int]], answers: list[dict[str, Any]])
         same += int((scores.argmax(-1) == chosen).sum())
         total += len(chosen)
         own = scores.gather(1, chosen.unsqueeze(1)).squeeze(1)
+        behind = max(behind, float((scores.amax(-1) - own).max()))
         differences += (own - torch.tensor(answer["logprobs"])).abs().tolist()
     return {
         "tokens": total,
         "greedy_tokens_equal": same,
+        "others_behind_at_most": behind,  # llmq's best token, in nats
         "mean_abs_logprob_difference": sum(differences) / total,
         "max_abs_logprob_difference": max(differences),
     }
