@@ -100,6 +100,22 @@ def with_prior(moments: Sequence[tuple[Tensor, int]]) -> list[tuple[Tensor, int]
     return list(moments)
 
 
+def quadratic(D: Tensor, H: Tensor) -> Tensor:
+    """d H d^T for every row d of D (N, K): (N,), in the dtype of D and H.
+
+    H (K, K) is symmetric: what is below its block diagonal counts twice, what is above is not read.
+    """
+    K = len(H)
+    step = -(-K // PANELS)
+    total = D.new_zeros(len(D))
+    for start in range(0, K, step):
+        rows = slice(start, start + step)
+        total += ((D[:, rows] @ H[rows, rows]) * D[:, rows]).sum(1)
+        if start:
+            total += ((D[:, rows] @ H[rows, :start]) * D[:, :start]).sum(1).mul_(2)
+    return total
+
+
 def cholesky(H: Tensor, damp: float, order: Tensor | None = None) -> Tensor:
     """Lower factor L, float64 (K, K), with L L^T = H + damp * mean(diag H) I.
 

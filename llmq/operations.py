@@ -26,7 +26,7 @@ def operations(shape: Shape, job: Job) -> dict[str, float]:
         total["float32"] += tokens * K * (1.25 * K + (2 * K if matched else 0))
         if matched and N == g.widest:
             total["float32"] += 2 * tokens * N * K
-        total["float32"] += 4 * E * N * K * K  # the error of the layer
+        total["float32"] += 2.5 * E * N * K * K  # the error of the layer
         total["elements"] += 40 * E * N * K  # rounding for the gate, packing, comparing
         if matched:
             total["float64"] += K**3 / 3 + 2 * N * K * K
@@ -34,7 +34,7 @@ def operations(shape: Shape, job: Job) -> dict[str, float]:
         if job.kind in ("gptq", "polished"):
             total["float64"] += E * K**3
             total["float32"] += E * N * K * K * (1 + 2 * sweeps)
-            total["float64"] += 4 * E * N * K * K if sweeps else 0
+            total["float64"] += 2.5 * E * N * K * K if sweeps else 0
             total["elements"] += E * N * K * (270 + 75 * sweeps)
             total["steps"] += E * K * (10 + 7 * sweeps)
         elif job.kind == "grid":
@@ -51,7 +51,7 @@ def operations(shape: Shape, job: Job) -> dict[str, float]:
     total["bytes"] += 6 * shape.rest_bytes
     if job.head:
         N, K = shape.vocabulary, shape.hidden
-        total["float32"] += 1.25 * job.tokens * K * K + N * K * K * (5 + 2 * sweeps)
+        total["float32"] += 1.25 * job.tokens * K * K + N * K * K * (3.5 + 2 * sweeps)
         total["elements"] += N * K * (310 + 75 * sweeps)
     if job.tuning:
         weights = shape.blocks * sum(g.active * g.rows * g.columns for g in shape.groups)

@@ -22,6 +22,7 @@ from llmq.solvers.rtn import RTN
 
 BATCH_TOKENS = 2048  # that go through a block at once
 LATER = 40 << 20  # bytes of libraries and work space that a run still loads after planning
+UNUSED = 96 << 20  # bytes that the C library keeps at most of what was given back to it
 START = 5.0  # seconds for libraries, tokenizer and shapes
 SURE = 0.85  # of an estimate: with less than this there is no doubt
 
@@ -147,8 +148,9 @@ def foresee(
 
 
 def _taken(phase: Phase, device: str) -> int:
-    """Bytes of the CPU's memory."""
-    return phase.on_host + (phase.on_device if device == "cpu" else 0)
+    """Bytes of the CPU's memory, with those that are free but not given back to the system."""
+    used = phase.on_host + (phase.on_device if device == "cpu" else 0)
+    return used + min(used // 2, UNUSED)
 
 
 def _peaks(shape: Shape, job: Job, device: str) -> tuple[Phase, int]:

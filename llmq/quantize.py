@@ -40,7 +40,7 @@ from llmq.blocks import (
     shared_input_groups,
 )
 from llmq.errors import IntegrityError, NonFiniteError, SchemeError
-from llmq.moments import second_moments
+from llmq.moments import quadratic, second_moments
 from llmq.nn import STACKS, PackedLinear, is_stacked_experts
 from llmq.objective import Problem, Twin, posed
 from llmq.retry import Effort, Retries
@@ -433,8 +433,8 @@ def relative_error(W: Tensor, q: QuantizedWeight, H: Tensor) -> float:
     for rows in q.slices():
         part = W[rows].float()
         delta = q.rows(rows).dequantize(torch.float32) - part
-        size += float(((part @ H) * part).sum())
-        lost += float(((delta @ H) * delta).sum())
+        size += float(quadratic(part, H).sum())
+        lost += float(quadratic(delta, H).sum())
     return lost / size if size > 0 else 0.0
 
 

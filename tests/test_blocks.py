@@ -20,7 +20,7 @@ from llmq.blocks import (
     shared_input_groups,
 )
 from llmq.errors import SourceError
-from llmq.moments import second_moments, with_prior
+from llmq.moments import quadratic, second_moments, with_prior
 
 
 def tokens(model: Any, *shapes: tuple[int, int]) -> list[torch.Tensor]:
@@ -135,6 +135,14 @@ def test_second_moment_against_float64():
     assert torch.equal(H, H.T)
     assert (H - expected).norm() <= 1e-6 * expected.norm()
     assert second_moments([torch.zeros(0, 4)])[0][1] == 0
+
+
+@pytest.mark.parametrize("K", [1, 3, 37])
+def test_quadratic_forms_read_one_half(K):
+    D, H = torch.randn(5, K).double(), torch.randn(K, K).double()
+    H = H + H.T
+    expected = torch.einsum("nj,jk,nk->n", D, H, D)
+    torch.testing.assert_close(quadratic(D, H), expected)
 
 
 def test_a_starved_expert_borrows_from_its_siblings():

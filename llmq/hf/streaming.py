@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from llmq import shards
 from llmq.blocks import decoder_blocks
 from llmq.errors import FormatError, SourceError
-from llmq.hf.loading import load
 from llmq.hf.quantizer import convert_packed
 from llmq.nn import PackedExperts, is_stacked_experts
 from llmq.scheme import QuantScheme
@@ -48,7 +48,7 @@ class StoredModel:
         self._where = {key: e for path in self.files for key, e in shards.entries(path).items()}
         self._stats = {path: _stat(path) for path in self.files}
         self.keys = self._where.keys()
-        self.model: Any = _skeleton(folder)
+        self.model: Any = _skeleton(folder, self._where)
         self.prefix, self.blocks = decoder_blocks(self.model)
         self._parts = self._assign()
         _expect_packed(self.model)
@@ -147,11 +147,23 @@ def natural(key: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in key.split(".")]
 
 
-def _skeleton(folder: Path) -> Any:
-    """The model on meta, after transformers has checked that every weight is there and fits."""
+def _skeleton(folder: Path, where: Mapping[str, shards.Entry]) -> Any:
+    """The model on meta, after transformers has checked that every weight is there and fits.
+
+    It gets stand-ins of the right shapes: from files, it would read all of them, to no end.
+    """
+    stand_ins = {
+        key: torch.empty(entry.shape, dtype=shards.DTYPES[entry.dtype], device="meta")
+        for key, entry in where.items()
+    }
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        kind = type(AutoModelForCausalLM.from_config(config))
     try:
-        model, info = load(
-            folder,
+        model, info = kind.from_pretrained(
+            None,
+            config=config,
+            state_dict=stand_ins,
             dtype="auto",
             device_map="meta",
             output_loading_info=True,
@@ -160,6 +172,8 @@ def _skeleton(folder: Path) -> Any:
     except (ValueError, RuntimeError, KeyError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SourceError(f"{folder}: weights cannot be loaded: {reason}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise FormatError(f"{folder}: {len(missing)} tensors are missing, such as {missing[0]}.")
     for name, found, expected in sorted(info["mismatched_keys"]):
         raise SourceError(
             f"{folder}: {name} has shape {tuple(found)}, but config.json says {tuple(expected)}."

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmq.moments import quadratic
 from llmq.scheme import QuantizedWeight, QuantScheme, stored
 from llmq.solvers import Solver
 from llmq.solvers.gptq import GPTQ, alive
@@ -67,7 +68,7 @@ def row_errors(W: Tensor, H: Tensor, q: QuantizedWeight) -> Tensor:
     wide, errors = H.double(), []
     for rows in q.slices():
         delta = W[rows].double() - q.rows(rows).dequantize(torch.float64)
-        errors.append(((delta @ wide) * delta).sum(1))
+        errors.append(quadratic(delta, wide))
     return torch.cat(errors)
 
 
