@@ -30,9 +30,7 @@ from llmq.outlook import job
 from llmq.pipeline import begin, outcome, preflight, publish, solve
 from llmq.plan import Plan
 from llmq.protocols import PROTOCOLS, WIKITEXT2, read_windows
-from llmq.quantize import (
-    Recipe,
-)
+from llmq.recipe import Recipe
 from llmq.report import (
     REPORT_FILE,
     add_evaluation,

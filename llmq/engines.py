@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from llmq.nn import STACKS
-from llmq.quantize import Recipe
+from llmq.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from llmq.gate import TOKENS
 from llmq.hf.streaming import StoredModel
 from llmq.objective import HELD_OUT
 from llmq.origin import public_name
-from llmq.quantize import Recipe
+from llmq.recipe import Recipe
 from llmq.scheme import QuantScheme
 from llmq.source import context_length
 from llmq.text import Source, describe

@@ -17,7 +17,7 @@ backward passes of the whole packed model over 2048 tokens each, which take a by
 from __future__ import annotations
 
 from llmq.errors import SchemeError
-from llmq.quantize import Recipe
+from llmq.recipe import Recipe
 from llmq.solvers.awq import AWQ
 from llmq.solvers.descent import Polished
 from llmq.solvers.gptq import GPTQ

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmq import plan
 from llmq.errors import SchemeError
-from llmq.quantize import Recipe, input_widths, quantizable
+from llmq.recipe import Recipe, input_widths, quantizable
 from llmq.scheme import BITS, check_groups
 from llmq.sensitivity import Sensitivity, allocation, predicted, sensitivities
 from llmq.source import open_model

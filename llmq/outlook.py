@@ -15,7 +15,7 @@ from llmq.blocks import decoder_blocks, linears
 from llmq.needs import Group, Job, Phase, Shape, memory, states
 from llmq.objective import HELD_OUT
 from llmq.operations import operations
-from llmq.quantize import Recipe
+from llmq.recipe import Recipe
 from llmq.solvers.descent import Polished
 from llmq.solvers.gptq import GPTQ
 from llmq.solvers.rtn import RTN

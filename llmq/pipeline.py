@@ -20,7 +20,8 @@ from llmq.origin import public_name
 from llmq.outlook import batch_windows, job
 from llmq.output import enough_memory, writing
 from llmq.progress import progress_bar
-from llmq.quantize import LayerReport, Recipe, input_widths, quantizable, quantize
+from llmq.quantize import quantize
+from llmq.recipe import Recipe, input_widths, quantizable
 from llmq.refine import finish
 from llmq.report import (
     expert_coverage,
@@ -29,6 +30,7 @@ from llmq.report import (
     write_report,
 )
 from llmq.scheme import check_groups
+from llmq.store import LayerReport
 from llmq.stored import bits_per_weight, inspect_checkpoint, tensor_headers
 from llmq.stream import Streamed
 from llmq.verify import check, seal

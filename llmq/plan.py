@@ -24,7 +24,7 @@ from llmq.needs import Job, Shape
 from llmq.nn import packed_modules
 from llmq.outlook import SURE, Outlook, advice, foresee, lacking, shape as shape_of
 from llmq.progress import duration
-from llmq.quantize import Recipe, check_experts, input_widths, quantizable
+from llmq.recipe import Recipe, check_experts, input_widths, quantizable
 from llmq.report import size
 from llmq.scheme import QuantScheme, undivided
 from llmq.shards import DTYPES

@@ -18,8 +18,8 @@ from llmq.page import report_page
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from llmq.quantize import LayerReport
     from llmq.sensitivity import Sensitivity
+    from llmq.store import LayerReport
 
 REPORT_FILE = "quantization_report.json"
 PAGE_FILE = "quantization_report.html"

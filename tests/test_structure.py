@@ -41,6 +41,8 @@ LEVELS = [
     {"solvers.awq_pairs", "residual", "retry"},
     {"solvers.awq", "objective", "sensitivity"},
     {"tuning", "tuning_blocks"},
+    {"recipe"},
+    {"blockwise"},
     {"quantize", "evaluate", "hf.skeleton", "hf.names", "protocols"},
     {"hf.rounding", "ladder", "hf.foreign", "engines", "outlook"},
     {"hf.quantizer"},

@@ -1,0 +1,239 @@
+"""Solve one decoder block.
+
+fold AWQ factors into it               (optional; solvers.awq)
+for each group of linears that read one tensor, in the order in which they run:
+    H = second moment of that tensor   (moments; the block is run up to there)
+    solve every linear of the group    (solvers)
+    run with the quantized weights from here on
+tune codes and scales together         (optional; tuning_blocks)
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from llmq.adapters import as_linears, run_copy, shared_copy
+from llmq.blocks import (
+    Call,
+    forget_outputs,
+    keep_outputs,
+    linears,
+    run_block,
+    shared_input_groups,
+)
+from llmq.errors import IntegrityError, NonFiniteError
+from llmq.moments import quadratic
+from llmq.objective import Problem, Twin, posed
+from llmq.recipe import Recipe
+from llmq.retry import Effort
+from llmq.scheme import QuantizedWeight, QuantScheme
+from llmq.solvers import Solver
+from llmq.store import LayerReport
+from llmq.tuning_blocks import tune_block
+
+PROBE = 32  # tokens with which structure is observed and smoothing pairs are proven
+
+
+@dataclass
+class Solution:
+    """What became of a block.
+
+    Attributes:
+        effort: how it was solved.
+        runs: the block with its quantized weights and, if the full-precision stream is carried
+            along, without: what each stream goes through.
+        solved: per matrix or stack, one result, or one per expert.
+        reports: one per matrix.
+    """
+
+    effort: Effort
+    runs: list[nn.Module]
+    solved: dict[str, list[QuantizedWeight]] = field(default_factory=dict)
+    reports: list[LayerReport] = field(default_factory=list)
+
+    def behind(self, run: nn.Module, states: Tensor, call: Call, effort: Effort) -> Tensor:
+        """What leaves `run` if `states` (B, T, D) enter it, where these are."""
+        if effort != self.effort:
+            forget_outputs(run)
+            run.to(effort.device)
+        pieces = zip(effort.states([states]), effort.calls([call], [states]), strict=True)
+        found = [
+            run_block(run, piece, own).to(states.device, states.dtype) for piece, own in pieces
+        ]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+
+@dataclass
+class BlockJob:
+    """A block that is to be solved.
+
+    Attributes:
+        block: dense, with its weights.
+        name: of it.
+        streams: per stream, the hidden states (B, T, D) of every batch that enter it.
+        calls: per batch, the rest of its arguments.
+        probe: those for a few tokens.
+        recipe: what to do.
+        lean: whether to keep nothing that can be computed again.
+        smoothed: whether channels are scaled already.
+    """
+
+    block: nn.Module
+    name: str
+    streams: Sequence[Sequence[Tensor]]
+    calls: Sequence[Call]
+    probe: Call
+    recipe: Recipe
+    lean: bool
+    smoothed: bool = False
+
+    def solve(self, effort: Effort) -> Solution:
+        """Solve every matrix; `block` only changes where channels are smoothed."""
+        recipe, name = self.recipe, self.name
+        view = as_linears(shared_copy(self.block))  # the block's own tensors
+        hidden, *more = (effort.states(stream) for stream in self.streams)
+        calls = effort.calls(self.calls, self.streams[0])
+        dtype = hidden[0].dtype
+        work = run_copy(view, effort.device, dtype)  # what runs, and takes on quantized weights
+        probe = (hidden[0][:1, :PROBE], self.probe.to(effort.device, dtype))
+        schemes = {n: s for n in linears(view) if (s := recipe.scheme_for(f"{name}.{n}"))}
+        if recipe.awq and not self.smoothed:
+            recipe.awq.smooth(view, work, schemes, hidden, calls, probe)
+            self.smoothed = True
+        groups = shared_input_groups(work, *probe)
+        twin = Twin(work, more[0], groups, probe) if more else None
+        solution = Solution(effort, [work, twin.block] if twin else [work])
+        done: set[str] = set()
+        for group in groups:
+            done.update(group)
+            chosen = {n: schemes[n] for n in group if n in schemes}
+            if not chosen:
+                continue
+            problems = posed(work, group[0], hidden, calls, twin)
+            _check(problems, f"{name}.{group[0]}")
+            for linear, found, q in _solve_group(view, work, chosen, problems, recipe.solver):
+                solution.solved[linear] = q
+                solution.reports += [_sound(_named(report, name)) for report in found]
+            if not self.lean:
+                for run in solution.runs:
+                    keep_outputs(run, done, len(calls))
+        if recipe.block and twin:
+            wanted = [run_block(twin.block, x, c) for x, c in zip(more[0], calls, strict=True)]
+            solved = tune_block(view, solution.solved, hidden, calls, wanted, recipe.block)
+            solution.solved, solution.runs[0] = solved, _with(view, solved, effort, dtype)
+        return solution
+
+
+def _check(problems: list[Problem], name: str) -> None:
+    """Refuse what is not finite.
+
+    Raises:
+        NonFiniteError: names the linear.
+    """
+    if not all(problem.finite() for problem in problems):
+        raise NonFiniteError(
+            f"{name}: its input is NaN or infinite, or too large to square. The model overflows in "
+            "its dtype on this text; convert it to bfloat16 or float32."
+        )
+
+
+def _solve_group(
+    view: nn.Module,
+    work: nn.Module,
+    schemes: dict[str, QuantScheme],
+    problems: list[Problem],
+    solver: Solver,
+) -> Iterator[tuple[str, list[LayerReport], list[QuantizedWeight]]]:
+    """Solve linears that read the same tensor and give `work` their quantized weights.
+
+    Rows never interact, so linears with one scheme are solved as one tall matrix. `problems` is
+    emptied on the way. Yields per linear its name, and one report and one result for each of its
+    experts (one if it has none).
+    """
+    reports: dict[str, list[LayerReport]] = {n: [] for n in schemes}
+    results: dict[str, list[QuantizedWeight]] = {n: [] for n in schemes}
+    several = len(problems) > 1
+    e = 0
+    while problems:
+        problem = problems.pop(0)
+        H, tokens = problem.H, problem.tokens
+        targets = {n: problem.target(_matrix(view, n, e).to(H.device)) for n in schemes}
+        moment = problem.moment()
+        del problem  # what targets are made of may be as large as what solving takes
+        for scheme in dict.fromkeys(schemes.values()):
+            names = [n for n in schemes if schemes[n] == scheme]
+            start = time.perf_counter()
+            weights = [targets.pop(n) for n in names]
+            tall = solver.solve(torch.cat(weights), moment, scheme)
+            seconds = (time.perf_counter() - start) / len(names)
+            for n, W, q in zip(names, weights, _split(tall, weights), strict=True):
+                _matrix(work, n, e).copy_(q.dequantize())
+                label = _expert_name(n, e) if several else n
+                error = relative_error(W, q, H)
+                reports[n].append(LayerReport(label, q.shape, scheme, error, tokens, seconds))
+                results[n].append(q)
+        e += 1
+    for n in schemes:
+        yield n, reports[n], results[n]
+
+
+def _with(
+    view: nn.Module, solved: dict[str, list[QuantizedWeight]], effort: Effort, dtype: torch.dtype
+) -> nn.Module:
+    """A copy of a block to run, with quantized weights."""
+    work = run_copy(view, effort.device, dtype)
+    for name, results in solved.items():
+        for e, q in enumerate(results):
+            _matrix(work, name, e).copy_(q.dequantize())
+    return work
+
+
+def _expert_name(stack: str, expert: int) -> str:
+    parent, _, leaf = stack.rpartition(".")
+    return f"{parent}.{expert}.{leaf}"
+
+
+def relative_error(W: Tensor, q: QuantizedWeight, H: Tensor) -> float:
+    """tr(D H D^T) / tr(W H W^T) with D = dequantized - W; 0 if the layer's output is 0."""
+    lost = size = 0.0
+    for rows in q.slices():
+        part = W[rows].float()
+        delta = q.rows(rows).dequantize(torch.float32) - part
+        size += float(quadratic(part, H).sum())
+        lost += float(quadratic(delta, H).sum())
+    return lost / size if size > 0 else 0.0
+
+
+def _matrix(block: nn.Module, name: str, expert: int) -> Tensor:
+    weight = block.get_parameter(f"{name}.weight").data
+    return weight[expert] if weight.ndim == 3 else weight
+
+
+def _split(q: QuantizedWeight, like: list[Tensor]) -> list[QuantizedWeight]:
+    sizes = [len(W) for W in like]
+    parts = zip(q.codes.split(sizes), q.scale.split(sizes), q.zero.split(sizes), strict=True)
+    return [QuantizedWeight(q.scheme, *(t.contiguous() for t in part)) for part in parts]
+
+
+def _named(report: LayerReport, prefix: str) -> LayerReport:
+    return LayerReport(**{**vars(report), "name": f"{prefix}.{report.name}"})
+
+
+def _sound(report: LayerReport) -> LayerReport:
+    """`report`, if its error is a number.
+
+    Raises:
+        IntegrityError: names the layer.
+    """
+    if not math.isfinite(report.error):
+        raise IntegrityError(
+            f"{report.name}: its quantized weight is NaN or infinite: a fault of the solver. "
+            f"Skip this layer (--skip '{report.name}') or use another method."
+        )
+    return report
