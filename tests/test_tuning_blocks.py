@@ -21,7 +21,8 @@ from llmq.solvers.rtn import RTN
 from llmq.tuning import ScaleTuning
 from llmq.tuning_blocks import BlockTuning, tune_block
 
-QUICK = BlockTuning(steps=12, rate=0.05, every=4)
+QUICK = BlockTuning(steps=12, rate=0.02, every=4)
+COARSE = BlockTuning(steps=12, rate=0.05, every=4)  # as 2 bits need it
 Solved = dict[str, list[QuantizedWeight]]
 Case = tuple[nn.Module, Solved, list[Tensor], list[Call], list[Tensor]]
 
@@ -109,7 +110,7 @@ def test_in_the_flow():
     threads = torch.get_num_threads()
     found = []
     try:
-        for count, block in ((1, None), (1, QUICK), (2, QUICK)):
+        for count, block in ((1, None), (1, COARSE), (2, COARSE)):
             torch.set_num_threads(count)
             result = copy.deepcopy(model)
             tuned = Recipe(recipe.scheme, recipe.solver, match=True, block=block)
