@@ -23,7 +23,7 @@ from llmq.solvers.rtn import RTN
 BATCH_TOKENS = 2048  # that go through a block at once
 LATER = 40 << 20  # bytes of libraries and work space that a run still loads after planning
 UNUSED = 96 << 20  # bytes that the C library keeps at most of what was given back to it
-START = 5.0  # seconds for libraries, tokenizer and shapes
+START = 9.0  # seconds for libraries, tokenizer, shapes and the checks of source and result
 SURE = 0.85  # of an estimate: with less than this there is no doubt
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,16 @@ def test_work_grows_with_blocks_and_text() -> None:
     speeds = machine.speeds("cpu", torch.bfloat16)
     assert speeds.keys() == one.keys()
     assert all(0 < seconds < 1e-3 for seconds in speeds.values())
+
+
+def test_what_this_machine_has(tmp_path: Path) -> None:
+    """Memory that is taken is missed; the disk of a folder that is not there is its parent's."""
+    before, free = machine.resident_bytes(), machine.free_memory("cpu")
+    block = torch.ones(64 << 20, dtype=torch.uint8)
+    assert machine.resident_bytes() - before > 0.9 * block.nbytes
+    assert free is None or 0 < free < 10**15
+    there = shutil.disk_usage(tmp_path).total
+    assert 0 < machine.free_disk(tmp_path / "not" / "there") < there
 
 
 def test_what_does_not_fit_is_refused_and_what_would_is_named(
