@@ -82,6 +82,7 @@ PROMPTS = (
     "Tom was sad because",
 )
 WIDE = "llama, doubled"  # the model for K-quants
+LIMIT = 300  # seconds for all models of one layout
 COUNT = 24  # tokens added to each prompt
 LLAMA3 = {
     "rope_type": "llama3",
@@ -101,6 +102,8 @@ YARN = {
 
 def save(config: PreTrainedConfig, weights: dict[str, torch.Tensor], folder: Path) -> Path:
     """A model with these weights, in bf16; what they lack is random, the same in every run."""
+    if folder.exists():
+        return folder
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     with torch.no_grad():
@@ -270,7 +273,8 @@ def answers_of(
     while len(found) < len(jobs):
         rest = jobs[len(found) :]
         listed.write_text(json.dumps(rest))
-        run = subprocess.run([*command, listed, str(COUNT)], capture_output=True, text=True)
+        limited = ["timeout", str(LIMIT), *command, listed, str(COUNT)]
+        run = subprocess.run(limited, capture_output=True, text=True)
         lines = [line for line in run.stdout.splitlines() if line.startswith('{"version"')]
         found += [json.loads(line) for line in lines]
         if len(lines) < len(rest):
@@ -305,24 +309,24 @@ def main() -> None:
     parser.add_argument("--venvs", type=Path, default=Path("engines"))
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--layouts", nargs="+", help="only these")
+    parser.add_argument("--work", type=Path, help="folder in which models are kept for later runs")
     parser.add_argument("--only", nargs="+", help="only these models")
     parser.add_argument("--models", nargs="*", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--python", nargs="*", default=[], metavar="ENGINE=PATH")
     arguments = parser.parse_args()
     pythons = dict(entry.split("=", 1) for entry in arguments.python)
-    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
-        models = sources(Path(temporary) / "sources")
+        work = (arguments.work or Path(temporary)).resolve()
+        models = sources(work / "sources")
         models |= {n: Path(p) for n, p in (entry.split("=", 1) for entry in arguments.models)}
-        variants = Variants(models, Path(temporary))
+        variants = Variants(models, work)
         for name in arguments.engines:
             python = pythons.get(name) or python_of(name, arguments.venvs)
             for layout in arguments.layouts or ENGINES[name].layouts:
                 chosen = arguments.only or list(models)
-                for row in rows_of(name, layout, chosen, variants, python):
-                    rows.append(row)
-                    print(json.dumps(row), flush=True)
-    write(rows)
+                rows = list(rows_of(name, layout, chosen, variants, python))
+                print(*map(json.dumps, rows), sep="\n", flush=True)
+                write(rows)
 
 
 def write(rows: list[dict[str, Any]]) -> None:

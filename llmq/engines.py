@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from llmq.gguf_metadata import ARCHITECTURES
 from llmq.nn import STACKS
 from llmq.recipe import Recipe
+from llmq.scheme import QuantScheme
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,17 @@ def engines(
         stock,
         vllm,
         sglang,
+        _llama_cpp(getattr(model.config, "model_type", ""), schemes),
     ]
+
+
+def _llama_cpp(family: str, schemes: set[QuantScheme]) -> Engine:
+    """Whether `gguf_file` can write what llama.cpp reads."""
+    if family not in ARCHITECTURES:
+        return Engine("llama.cpp", False, f"llmq writes GGUF for {', '.join(ARCHITECTURES)}")
+    if any(scheme.bits == 8 and not scheme.symmetric for scheme in schemes):
+        return Engine("llama.cpp", False, "no block of GGUF holds 8 bits with zero points")
+    return Engine("llama.cpp", True, "after llmq convert --format gguf")
 
 
 def _plain(module: nn.Module) -> bool:

@@ -181,11 +181,12 @@ def _is_sentencepiece(parts: Mapping[str, Any]) -> bool:
     """Whether this is the BPE of SentencePiece (Llama 2, Mistral): spaces are letters, unknown
     characters become bytes, and text is not split before it is merged."""
     model = parts["model"]
-    splits = [s for s in _steps(parts, "pre_tokenizer") if s["type"] != "Metaspace" or s["split"]]
+    steps = _steps(parts, "pre_tokenizer")
+    splits = [s for s in steps if s["type"] != "Metaspace" or s.get("split", True)]
     spaces = any(
         s.get("pattern", {}).get("String") == " " and s.get("content") == _SPACE
         for s in _steps(parts, "normalizer")
-    ) or any(s["type"] == "Metaspace" for s in _steps(parts, "pre_tokenizer"))
+    ) or any(s["type"] == "Metaspace" for s in steps)
     known = all(s["type"] in ("Prepend", "Replace") for s in _steps(parts, "normalizer"))
     return model["type"] == "BPE" and model.get("byte_fallback") and spaces and known and not splits
 
@@ -204,11 +205,13 @@ def _splitter(parts: Mapping[str, Any]) -> str:
         SchemeError: llmq does not know the name, or the tokenizer is of another kind.
     """
     steps = _steps(parts, "pre_tokenizer")
-    patterns = [s["pattern"].get("Regex") for s in steps if s["type"] == "Split"]
+    patterns = [s["pattern"].get("Regex", "") for s in steps if s["type"] == "Split"]
     known = [s["type"] in ("Split", "ByteLevel") for s in steps]
     pattern = patterns[0] if patterns else None
-    byte_level = parts["model"]["type"] == "BPE" and steps and steps[-1]["type"] == "ByteLevel"
-    if not (byte_level and all(known) and len(patterns) < 2 and pattern in SPLITTERS):
+    last = steps[-1] if steps else {"type": None}
+    byte_level = parts["model"]["type"] == "BPE" and last["type"] == "ByteLevel"
+    whole = pattern is None and not last.get("use_regex", True)  # text is not split at all
+    if not (byte_level and all(known) and len(patterns) < 2 and pattern in SPLITTERS) or whole:
         raise SchemeError(
             "tokenizer.json: llmq writes GGUF for BPE tokenizers that split text as GPT-2, Llama "
             "3 or Qwen 2 do, or not at all, as Llama 2 and Mistral, and this one does neither. "

@@ -15,7 +15,7 @@ import zoo
 from hypothesis import given, settings, strategies as st
 from test_columns import random_weight
 from test_convert import checkpoint
-from tokenizers import Tokenizer, models, normalizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -380,6 +380,27 @@ def test_scores_of_sentencepiece_merge_as_its_merges_do(prepend):
         spaced = ("\u2581" if prepend else "") + text.replace(" ", "\u2581")
         ids = by_score(spaced, found["token_list"], found["token_scores"])
         assert ids == tokenizer(text, add_special_tokens=False).input_ids
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [],
+        [pre_tokenizers.ByteLevel(use_regex=False)],
+        [pre_tokenizers.Split(" ", "isolated"), pre_tokenizers.ByteLevel()],
+        [pre_tokenizers.Digits(), pre_tokenizers.ByteLevel()],
+        [pre_tokenizers.Metaspace()],
+    ],
+)
+def test_other_tokenizers_are_refused(steps):
+    tokenizer = zoo.tiny_tokenizer()
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    parts["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [json.loads(step.__getstate__()) for step in steps],
+    }
+    with pytest.raises(SchemeError, match=r"tokenizer.json: llmq writes GGUF for BPE"):
+        add_tokenizer(Written(), tokenizer, parts, len(tokenizer))
 
 
 def test_what_has_no_place_in_gguf_leaves_nothing(tmp_path, run):

@@ -282,3 +282,5 @@ def test_engines_follow_the_format() -> None:
     assert verdicts("falcon", QuantScheme(4, 32, True))[stock] is False
     assert verdicts("llama", QuantScheme(3, 32, True))["SGLang"] is False
     assert verdicts("llama", QuantScheme(3, 32, True))["vLLM"] is None
+    assert verdicts("gpt2", QuantScheme(4, 32, True))["llama.cpp"] is False
+    assert verdicts("qwen2", QuantScheme(8, 32, False))["llama.cpp"] is False

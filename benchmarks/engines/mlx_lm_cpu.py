@@ -11,17 +11,18 @@ from pathlib import Path
 
 import mlx.core as mx
 from mlx_lm import load
+from mlx_lm.models.cache import make_prompt_cache
 
 
 def answer(model, prompt, count):
-    ids, logprobs = list(prompt), []
+    tokens, logprobs, cache, new = [], [], make_prompt_cache(model), list(prompt)
     for _ in range(count):
-        scores = model(mx.array([ids]))[0, -1].astype(mx.float32)
+        scores = model(mx.array([new]), cache=cache)[0, -1].astype(mx.float32)
         scores = scores - mx.logsumexp(scores)
-        token = int(scores.argmax())
-        ids.append(token)
-        logprobs.append(float(scores[token]))
-    return {"tokens": ids[len(prompt) :], "logprobs": logprobs}
+        new = [int(scores.argmax())]
+        tokens += new
+        logprobs.append(float(scores[new[0]]))
+    return {"tokens": tokens, "logprobs": logprobs}
 
 
 version = f"mlx-lm {importlib.metadata.version('mlx-lm')} on a CPU"

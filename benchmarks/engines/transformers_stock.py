@@ -15,13 +15,14 @@ from transformers import AutoModelForCausalLM
 
 @torch.no_grad()
 def answer(model, prompt, count):
-    ids, logprobs = list(prompt), []
+    tokens, logprobs, cache, new = [], [], None, list(prompt)
     for _ in range(count):
-        scores = model(torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)
-        logprob, token = scores.max(-1)
-        ids.append(int(token))
+        found = model(torch.tensor([new]), past_key_values=cache, use_cache=True)
+        logprob, token = found.logits[0, -1].float().log_softmax(-1).max(-1)
+        cache, new = found.past_key_values, [int(token)]
+        tokens += new
         logprobs.append(float(logprob))
-    return {"tokens": ids[len(prompt) :], "logprobs": logprobs}
+    return {"tokens": tokens, "logprobs": logprobs}
 
 
 packages = ("transformers", "compressed-tensors")
