@@ -27,14 +27,15 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     ]
     for (engine, layout), found in groups.items():
         ran = [row for row in found if "error" not in row]
-        models = ", ".join(row["model"] for row in ran)
+        models = "; ".join(row["model"] for row in ran)
         if refused := [row["model"] for row in found if "error" in row]:
-            models += f"{'; ' if models else ''}not: {', '.join(refused)}"
+            models += f"{'; ' if models else ''}not: {'; '.join(refused)}"
         equal, difference = "-", "-"
         if ran:
-            equal = (
-                f"{sum(r['greedy_tokens_equal'] for r in ran)} of {sum(r['tokens'] for r in ran)}"
-            )
+            same, tokens = (sum(r[key] for r in ran) for key in ("greedy_tokens_equal", "tokens"))
+            equal = f"{same} of {tokens}"
+            if all("others_behind_at_most" in row for row in ran) and same < tokens:
+                equal += f" ({max(row['others_behind_at_most'] for row in ran):.3f} nats)"
             worst = max(row["mean_abs_logprob_difference"] for row in ran)
             difference = f"{worst:.1e}" if worst < 1e-3 else f"{worst:.3f}"
         version = next((row["version"] for row in ran), engine)
