@@ -35,6 +35,8 @@ LEVELS = [
         "journal",
     },
     {"backends", "formats.gptq", "formats.awq", "formats.gguf", "drawing"},
+    {"linear"},
+    {"experts"},
     {"nn", "solvers", "solvers.grid", "formats.layouts"},
     {"fuse", "peft", "adapters", "store", "solvers.rtn", "solvers.gptq"},
     {"blocks", "correction", "solvers.descent"},
