@@ -31,7 +31,7 @@ def environment(threads: int | None = None) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Commit of this repository; "-dirty" if tracked files differ from it."""
+    """Commit of this repository; "-dirty" if tracked files differ; "unknown" in a bare copy."""
     here = Path(__file__).resolve().parent
 
     def git(*args: str) -> str:
@@ -39,8 +39,12 @@ def commit() -> str:
             ["git", *args], cwd=here, capture_output=True, text=True, check=True
         ).stdout.strip()
 
+    try:
+        head = git("rev-parse", "--short=12", "HEAD")
+    except (subprocess.CalledProcessError, FileNotFoundError):
+        return "unknown"
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "../llmq", "../kernels")
-    return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
+    return head + ("-dirty" if changed else "")
 
 
 def _cpu_name() -> str:

@@ -6,7 +6,8 @@
     dequantize  the dense matrix, in cache-sized slabs
 
 A backend may keep tensors of its own (a repacked weight) in `layer.prepared`: made once, in
-`prepare`, from the tensors of the checkpoint, which stay as they are.
+`prepare`, from the tensors of the checkpoint. Those stay as they are, unless the backend is a
+`Holder`: then they are made again from its own when somebody asks for them.
 """
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ class Layer(Protocol):
     weight_zero_point: Tensor | None
     bias: Tensor | None
     prepared: tuple[Tensor, ...]
+    released: bool
+
+    @property
+    def holder(self) -> Holder: ...
 
     def quantized(self) -> QuantizedWeight: ...
 
@@ -63,12 +68,26 @@ class Backend(Protocol):
         ...
 
 
+class Holder:
+    """A backend that needs nothing but `layer.prepared`: the layer's own tensors may go."""
+
+    def restore(self, layer: Layer) -> QuantizedWeight:
+        """The weight as it was before `prepare`, bit for bit, without its order."""
+        raise NotImplementedError
+
+    def dense(self, layer: Layer, dtype: torch.dtype) -> Tensor:
+        """The matrix (N, K) in `dtype`, as `dequantize` has it."""
+        raise NotImplementedError
+
+
 def dequantize(layer: Layer, dtype: torch.dtype) -> Tensor:
     """The matrix (N, K) in `dtype`: bit for bit `layer.quantized().dequantize(dtype)`, faster.
 
     The products are taken in float32 and rounded to the dtype of the scales; codes have at most
     8 bits and 16-bit scales at most 11, so that this is the one rounding of a 16-bit product.
     """
+    if layer.released:
+        return layer.holder.dense(layer, dtype)
     N, K = layer.out_features, layer.in_features
     bits, groups = layer.scheme.bits, layer.weight_scale.shape[1]
     scale = layer.weight_scale.float().unsqueeze(-1)  # (N, K/G, 1)
@@ -188,7 +207,7 @@ class CpuInt4:
 
 
 @dataclass(frozen=True)
-class Triton:
+class Triton(Holder):
     """The kernels of `llmq_kernels` (their README has layout and contract), for NVIDIA GPUs.
 
     bfloat16 and float16 activations; many rows are dequantized in slabs and multiplied densely.
@@ -245,13 +264,12 @@ class Triton:
         return layout.pack(q.codes, q.scale, zero, bits=scheme.bits, group_size=scheme.group_size)
 
     def prepare(self, layer: Layer) -> tuple[Tensor, ...]:
-        w = self._pack(layer)
-        tensors = (w.qweight, w.scale, w.counters)
-        return tensors if w.zero is None else (*tensors, w.zero)
+        return tensors_of(self._pack(layer))
 
-    def matmul(self, x: Tensor, layer: Layer) -> Tensor:
+    def weight(self, layer: Layer) -> layout.PackedWeight:
+        """What `prepare` made, as the kernels take it."""
         qweight, scale, counters, *zero = layer.prepared
-        weight = layout.PackedWeight(
+        return layout.PackedWeight(
             qweight,
             scale,
             zero[0] if zero else None,
@@ -260,8 +278,25 @@ class Triton:
             layer.scheme.group_size,
             (layer.out_features, layer.in_features),
         )
+
+    def matmul(self, x: Tensor, layer: Layer) -> Tensor:
         bias = None if layer.bias is None else layer.bias.to(x.dtype)
-        return ops.linear(x, weight, bias)
+        return ops.linear(x, self.weight(layer), bias)
+
+    def restore(self, layer: Layer) -> QuantizedWeight:
+        codes, scale, zero = layout.unpack(self.weight(layer))
+        if zero is None:
+            zero = torch.full_like(scale, layer.scheme.middle, dtype=torch.uint8)
+        return QuantizedWeight(layer.scheme, codes, scale, zero)
+
+    def dense(self, layer: Layer, dtype: torch.dtype) -> Tensor:
+        return ops.dequantize(self.weight(layer), layer.weight_scale.dtype).to(dtype)
+
+
+def tensors_of(weight: layout.PackedWeight) -> tuple[Tensor, ...]:
+    """The tensors of a weight, as `Triton` keeps them in `layer.prepared`."""
+    tensors = (weight.qweight, weight.scale, weight.counters)
+    return tensors if weight.zero is None else (*tensors, weight.zero)
 
 
 TORCH = Torch()

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from llmq import backends
-from llmq.nn import PackedLinear, packed_modules
-from llmq.scheme import QuantScheme
+from llmq.nn import HELD, PackedLinear, packed_modules
+from llmq.scheme import QuantizedWeight, QuantScheme
 
 
 @dataclass(eq=False)
@@ -45,11 +45,16 @@ class SharedInput:
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
-    """The backend of one of these layers."""
+class Part(backends.Holder):
+    """The backend of one of these layers: its rows of the fused one."""
 
     shared: SharedInput
     index: int
+
+    @property
+    def rows(self) -> slice:
+        start = sum(self.shared.sizes[: self.index])
+        return slice(start, start + self.shared.sizes[self.index])
 
     @property
     def name(self) -> str:
@@ -64,14 +69,22 @@ class Part:
     def matmul(self, x: Tensor, layer: backends.Layer) -> Tensor:
         return self.shared.part(x, self.index)
 
+    def restore(self, layer: backends.Layer) -> QuantizedWeight:
+        q = self.shared.fused.quantized()
+        codes, scale, zero = (t[self.rows] for t in (q.codes, q.scale, q.zero))
+        return QuantizedWeight(q.scheme, codes, scale, zero)
+
+    def dense(self, layer: backends.Layer, dtype: torch.dtype) -> Tensor:
+        return backends.dequantize(self.shared.fused, dtype)[self.rows]
+
 
 def fuse_shared_inputs(model: nn.Module, *args: object, **kwargs: object) -> int:
     """Fuse, in place, the packed layers of `model` that read the same tensor.
 
     Which layers those are is observed in one call `model(*args, **kwargs)`, for example
     `input_ids=torch.zeros(1, 1, dtype=torch.long)`. Parameters keep their names, shapes and
-    values (they become views of the fused ones), so the model can still be saved; moving or
-    casting it undoes the fusion.
+    values (they become views of the fused ones, or are rebuilt from them when asked for), so the
+    model can still be saved; moving or casting it undoes the fusion.
 
     Returns:
         the number of fused groups.
@@ -152,6 +165,9 @@ def _fuse(group: list[PackedLinear]) -> None:
     fused = PackedLinear(
         first.scheme, first.in_features, sum(sizes), first.bias is not None, device="meta"
     )
+    backend = first.backend
+    for layer in group:
+        layer.restore()
     for name, _ in first.named_parameters():
         if name == "weight_shape":
             continue
@@ -161,10 +177,12 @@ def _fuse(group: list[PackedLinear]) -> None:
         rows = [tensor.shape[0] for tensor in tensors]
         for layer, view in zip(group, stacked.split(rows), strict=True):
             setattr(layer, name, nn.Parameter(view, requires_grad=False))
-    fused.backend, fused.prepared = first.backend, first.backend.prepare(fused)
+    fused.use(backend)
     shared = SharedInput(fused, sizes)
     for index, layer in enumerate(group):
         layer.backend, layer.prepared = Part(shared, index), ()
+        if fused.released:
+            layer.release(list(HELD))
 
 
 def pack_head(model: nn.Module, scheme: QuantScheme | None = None) -> None:

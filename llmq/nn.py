@@ -24,16 +24,15 @@ from llmq import backends
 from llmq.errors import SchemeError
 from llmq.formats import compressed_tensors
 from llmq.formats.bits import words
+from llmq.held import Held, frozen
 from llmq.scheme import QuantizedWeight, QuantScheme, grouped, minmax_grid, round_to_grid
 from llmq_kernels.layout import PackedWeight
+from llmq_kernels.reference import expert
 
 logger = logging.getLogger(__name__)
 
+HELD = compressed_tensors.SUFFIXES[:3]  # what a backend may hold in place of a layer
 STACKS: tuple[Literal["gate_up_proj", "down_proj"], ...] = ("gate_up_proj", "down_proj")
-
-
-def _frozen(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)
 
 
 class _Differentiable(torch.autograd.Function):
@@ -50,7 +49,7 @@ class _Differentiable(torch.autograd.Function):
         return grad @ backends.dequantize(ctx.layer, grad.dtype), None
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(Held):
     """A linear layer whose weight stays quantized.
 
     Args:
@@ -95,7 +94,7 @@ class PackedLinear(nn.Module):
         groups = K // scheme.group_width(K)
 
         def empty(*shape: int, dtype: torch.dtype = torch.int32) -> nn.Parameter:
-            return _frozen(torch.empty(shape, dtype=dtype, device=device))
+            return frozen(torch.empty(shape, dtype=dtype, device=device))
 
         self.weight_packed = empty(N, words(K, scheme.bits))
         self.weight_scale = empty(N, groups, dtype=dtype)
@@ -103,7 +102,7 @@ class PackedLinear(nn.Module):
         self.register_parameter("weight_zero_point", zero)
         order = empty(K, dtype=torch.int64) if ordered else None
         self.register_parameter("weight_order", order)
-        self.weight_shape = _frozen(torch.tensor([N, K], device=device))
+        self.weight_shape = frozen(torch.tensor([N, K], device=device))
         self.register_parameter("bias", empty(N, dtype=dtype) if bias else None)
         self.wanted: str | None = backends.TORCH.name
         self.backend: backends.Backend = backends.TORCH
@@ -117,9 +116,9 @@ class PackedLinear(nn.Module):
         if q.order is not None:
             tensors["weight_order"] = q.order
         for name, tensor in tensors.items():
-            setattr(layer, name, _frozen(tensor.to(q.codes.device)))
+            setattr(layer, name, frozen(tensor.to(q.codes.device)))
         if bias is not None:
-            layer.bias = _frozen(bias.detach().clone())
+            layer.bias = frozen(bias.detach().clone())
         return layer
 
     @classmethod
@@ -135,6 +134,8 @@ class PackedLinear(nn.Module):
 
     def quantized(self) -> QuantizedWeight:
         """The unpacked value, exactly as the solver returned it."""
+        if self.released:
+            return replace(self.holder.restore(self), order=self.weight_order)
         q = compressed_tensors.unpack(
             self.scheme,
             (self.out_features, self.in_features),
@@ -154,9 +155,25 @@ class PackedLinear(nn.Module):
         Raises:
             BackendError: the named backend cannot run this layer.
         """
+        self.restore()
         self.wanted = backend
-        self.backend = backends.choose(self, backend)
-        self.prepared = self.backend.prepare(self)
+        self.use(backends.choose(self, backend))
+
+    def use(self, backend: backends.Backend) -> None:
+        """Let this backend repack; one that then holds the weight is its only holder."""
+        self.backend, self.prepared = backend, backend.prepare(self)
+        if isinstance(backend, backends.Holder):
+            self.release(list(HELD))
+
+    @property
+    def holder(self) -> backends.Holder:
+        """The backend of a released layer."""
+        assert isinstance(self.backend, backends.Holder)
+        return self.backend
+
+    def rebuilt(self) -> dict[str, Tensor]:
+        tensors = compressed_tensors.write("", self.holder.restore(self))
+        return {name: tensors[name] for name in HELD if name in tensors}
 
     def forward(self, x: Tensor) -> Tensor:
         if self.weight_order is not None:
@@ -166,7 +183,6 @@ class PackedLinear(nn.Module):
         return self.backend.matmul(x, self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
-        """`.to()`, `.half()`, `.cuda()` and friends: what was prepared no longer fits."""
         super()._apply(fn, recurse)
         self.prepare(self.wanted)
         return self
@@ -203,7 +219,7 @@ def expert_bias(module: nn.Module, name: str, index: int) -> Tensor | None:
     return getattr(module, f"{name}_bias")[index] if module.has_bias else None
 
 
-class PackedExperts(nn.Module):
+class PackedExperts(Held):
     """Stacked experts whose weights stay quantized, (N, K) per expert whatever the source's order.
 
     For each of `gate_up_proj` (E, 2I, H) and `down_proj` (E, H, I), with the suffixes
@@ -249,7 +265,7 @@ class PackedExperts(nn.Module):
                 if suffix == "weight_shape" and name == "gate_up_proj" and self.merged:
                     shape = (self.num_experts, 4)
                 tensor = torch.empty(shape, dtype=parameter.dtype, device=device)
-                self.register_parameter(_stacked_name(name, suffix), _frozen(tensor))
+                self.register_parameter(_stacked_name(name, suffix), frozen(tensor))
 
     @classmethod
     def from_quantized(
@@ -277,7 +293,7 @@ class PackedExperts(nn.Module):
                 if suffix == "weight_shape" and name == "gate_up_proj" and packed.merged:
                     N, K = results[0].shape
                     stacked = stacked.new_tensor([[N // 2, K, N // 2, K]]).repeat(len(results), 1)
-                setattr(packed, _stacked_name(name, suffix), _frozen(stacked))
+                setattr(packed, _stacked_name(name, suffix), frozen(stacked))
         return packed
 
     def expert(self, index: int) -> tuple[PackedLinear, PackedLinear]:
@@ -285,7 +301,7 @@ class PackedExperts(nn.Module):
         gate_up, down = (self._layer(name, index) for name in STACKS)
         return gate_up, down
 
-    def _layer(self, name: str, index: int) -> PackedLinear:
+    def _layer(self, name: Literal["gate_up_proj", "down_proj"], index: int) -> PackedLinear:
         stacked: dict[str, Tensor] = {
             suffix: getattr(self, _stacked_name(name, suffix))
             for suffix in (*compressed_tensors.SUFFIXES[:3], "weight_order", "bias")
@@ -294,8 +310,12 @@ class PackedExperts(nn.Module):
         N, K = self.shapes[name]
         layer = PackedLinear(self.schemes[name], K, N, self.has_bias, device="meta")
         for suffix, tensor in stacked.items():
-            setattr(layer, suffix, _frozen(tensor.detach()[index]))
-        layer.weight_shape = _frozen(torch.tensor([N, K]))
+            setattr(layer, suffix, frozen(tensor.detach()[index]))
+        layer.weight_shape = frozen(torch.tensor([N, K]))
+        if self._stacked is not None:
+            weight = expert(self._stacked[STACKS.index(name)], index)
+            layer.backend, layer.prepared = backends.TRITON, backends.tensors_of(weight)
+            layer.released = self.released
         return layer
 
     def prepare(self, backend: str | None = None) -> None:
@@ -303,6 +323,7 @@ class PackedExperts(nn.Module):
 
         The Triton kernels multiply by all chosen experts of a stack in one launch.
         """
+        self.restore()
         self.wanted, self._experts, self._stacked = backend, None, None
         if any(parameter.is_meta for parameter in self.parameters()):
             return  # offloaded: what is on meta now is replaced before every call
@@ -335,6 +356,15 @@ class PackedExperts(nn.Module):
         """Repack all experts, (gate_up, down) each, for `Triton.matmul_stacked`."""
         gate_up, down = (backends.TRITON.stack(layers) for layers in zip(*experts, strict=True))
         self._stacked = gate_up, down
+        self.release([_stacked_name(name, suffix) for name in STACKS for suffix in HELD])
+
+    def rebuilt(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for stack, name in enumerate(STACKS):
+            one = [self.expert(index)[stack].rebuilt() for index in range(self.num_experts)]
+            for suffix in one[0]:
+                found[_stacked_name(name, suffix)] = torch.stack([t[suffix] for t in one])
+        return found
 
     def use_experts(self, experts: Sequence[tuple[nn.Module, nn.Module]]) -> None:
         """Multiply by these (gate_up, down), one by one, until `prepare` is called."""

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmq_kernels import layout, plan, reference
+from llmq_kernels import bitfields, layout, reference
 
 pytest.importorskip("triton")
 WORD = 0xFFFFFFFF
-MAGIC = {torch.bfloat16: (0x4300, 128), torch.float16: (0x6400, 1024)}
+MAGIC = {torch.bfloat16: 128, torch.float16: 1024}
 
 
 def lop3(a: Tensor, b: Tensor, c: Tensor, table: int) -> Tensor:
@@ -27,6 +27,26 @@ def lop3(a: Tensor, b: Tensor, c: Tensor, table: int) -> Tensor:
         if table >> i & 1:
             out |= (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c)
     return out & WORD
+
+
+def fma(a: Tensor, b: Tensor, c: Tensor, dtype: torch.dtype) -> Tensor:
+    """PTX fma.rn on both halves of a register: float64 holds every a * b + c here exactly."""
+    done = torch.zeros_like(a)
+    for shift in (0, 16):
+        x, y, z = (as_numbers(t >> shift & 0xFFFF, dtype).double() for t in (a, b, c))
+        done |= (x * y + z).to(dtype).view(torch.uint16).long() << shift
+    return done
+
+
+def prmt(a: Tensor, b: Tensor, select: Tensor) -> Tensor:
+    """PTX: four of eight bytes; digits of 8 and more repeat signs, which nobody asks for."""
+    bytes_ = torch.stack([t >> 8 * i & 0xFF for t in (a, b) for i in range(4)])
+    out = torch.zeros_like(a)
+    for i in range(4):
+        digit = (select >> 4 * i & 15).expand_as(a)
+        assert (digit < 8).all()
+        out |= bytes_.gather(0, digit[None])[0] << 8 * i
+    return out
 
 
 def run_ptx(text: str, inputs: dict[str, Tensor]) -> list[Tensor]:
@@ -49,28 +69,26 @@ def run_ptx(text: str, inputs: dict[str, Tensor]) -> list[Tensor]:
         if name == "shr.u32":
             a, shift = map(value, others)
             registers[first] = a >> shift
-        elif name == "shl.b32":
-            a, shift = map(value, others)
-            registers[first] = a << shift & WORD
         elif name == "lop3.b32":
             a, b, c = map(value, others[:3])
             registers[first] = lop3(a, b, c, int(others[3], 0))
+        elif name == "prmt.b32":
+            registers[first] = prmt(*map(value, others))
+        elif name in ("fma.rn.bf16x2", "fma.rn.f16x2"):
+            assert all(o in registers for o in others), line  # PTX takes no numbers here
+            dtype = torch.bfloat16 if "bf16" in name else torch.float16
+            registers[first] = fma(*map(value, others), dtype)
         else:
-            assert name == "mov.b32", line  # {low, high}, word
-            word = value(others[1])
-            registers[first], registers[others[0]] = word & 0xFFFF, word >> 16
+            assert name == "mov.b32", line
+            word = value(others[-1])
+            if len(others) == 1:
+                registers[first] = word
+            else:  # {low, high}, word
+                registers[first], registers[others[0]] = word & 0xFFFF, word >> 16
     assert {name for name in registers if re.fullmatch(r"\$[0-7]", name)} == {
         f"${i}" for i in range(8)
     }
     return [registers[f"${i}"] for i in range(8)]
-
-
-def every_code_everywhere(bits: int) -> Tensor:
-    """Codes (64 * 2**bits, unit): the row tiles together hold each code at each position."""
-    torch.manual_seed(bits)
-    start = torch.randint(0, 2**bits, (1, 64, plan.unit(bits)))
-    step = torch.arange(2**bits).view(-1, 1, 1)
-    return ((start + step) % 2**bits).flatten(0, 1).to(torch.uint8)
 
 
 def as_numbers(bits16: Tensor, dtype: torch.dtype) -> Tensor:
@@ -78,68 +96,101 @@ def as_numbers(bits16: Tensor, dtype: torch.dtype) -> Tensor:
     return bits16.to(torch.uint16).view(dtype)
 
 
-def assembled(qweight: Tensor, bits: int, dtype: torch.dtype, part: int | None) -> Tensor:
-    """The numbers (N, K) that the assembly makes of a block's words, in the place of their code."""
-    from llmq_kernels.unpack import unpack_ptx
+def as_pair(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers as registers that hold each twice."""
+    return numbers.to(dtype).view(torch.uint16).long() * 0x10001
 
-    chunks = plan.unit(bits) // 64
-    words = qweight.long().squeeze(1) & WORD  # tile, word of the block
-    first = words[:, :512].unflatten(1, (4, 8, 4, 4))  # m16, r, c, word
-    second = words[:, 512:]
-    if bits == 8:
-        second = second.unflatten(1, (4, 8, 4, 4))
-    elif bits == 3:  # as load_words: a word holds eight bits for each of two words
-        second = second.unflatten(1, (4, 8, 4, 2))
-        second = torch.stack([second, second >> 8], -1).flatten(-2)
+
+def every_code_everywhere(bits: int) -> Tensor:
+    """Codes (64 * 2**bits, 128): the row tiles together hold each code at each position."""
+    torch.manual_seed(bits)
+    start = torch.randint(0, 2**bits, (1, 64, 128))
+    step = torch.arange(2**bits).view(-1, 1, 1)
+    return ((start + step) % 2**bits).flatten(0, 1).to(torch.uint8)
+
+
+def centring(zero: int, bits: int, dtype: torch.dtype, half: int) -> float:
+    """What `grid.centre` makes of a zero point, as a number."""
+    from llmq_kernels.grid import lift, minus
+
+    bf16 = dtype == torch.bfloat16
+    if bits == 8 and bf16:
+        return 128.0 - zero
+    number = as_numbers(torch.tensor(minus(zero, bits, bf16, half)), dtype).item()
+    assert number == -(MAGIC[dtype] / 2 ** lift(bits, bf16, half)) - zero
+    return number
+
+
+def assembled(
+    codes: Tensor, zero: int | None, scale: float | None, bits: int, dtype: torch.dtype
+) -> Tensor:
+    """The weights (N, 128) that the assembly makes of packed codes, in the place of their code."""
+    from llmq_kernels.unpack import decode_ptx
+
+    qweight = layout.pack_codes(codes, bits)
+    words = [w.squeeze(1).unflatten(1, (4, 8, 4)).long() & WORD for w in
+             layout.element_words(qweight, bits)]  # tile, m16, r, c, element  # fmt: skip
+    inputs = {f"${8 + i}": word for i, word in enumerate(words)}
+    for half in (0, 1):
+        if zero is not None:
+            number = torch.full_like(words[0], centring(zero, bits, dtype, half), dtype=dtype)
+            inputs[f"${11 + half}"] = as_pair(number, dtype)
+        if scale is not None:
+            number = torch.full_like(words[0], scale, dtype=torch.float64)
+            inputs[f"${13 + half}"] = as_pair(number, dtype)
     made = []
-    for chunk in range(chunks):
-        text = unpack_ptx(bits, dtype == torch.bfloat16, chunk if part is None else part)
-        made.append(torch.stack(run_ptx(text, {"$8": first, "$9": second}), -1))
-    t = torch.stack(made, -2).unflatten(-1, (2, 2, 2))  # ..., word, chunk, h2, half, e
-    t = t.permute(0, 1, 7, 2, 4, 5, 6, 3, 8)  # tile, m16, half, r, word, chunk, h2, c, e
-    return as_numbers(t.reshape(-1, plan.unit(bits)), dtype)
+    for part in range(bitfields.parts(bits)):
+        text = decode_ptx(bits, dtype == torch.bfloat16, part, zero is None, scale is not None)
+        made.append(torch.stack(run_ptx(text, inputs), -1))
+    t = torch.stack(made, -2).unflatten(-1, (2, 2, 2))  # ..., element, part, h2, half, e
+    t = t.permute(0, 1, 7, 2, 4, 5, 6, 3, 8)  # tile, m16, half, r, element, part, h2, c, e
+    return as_numbers(t.reshape(-1, 128), dtype)
 
 
 @pytest.mark.parametrize("dtype", MAGIC, ids=str)
 @pytest.mark.parametrize("bits", layout.BITS)
 def test_assembly_unpacks_every_code_at_every_position(bits: int, dtype: torch.dtype) -> None:
     codes = every_code_everywhere(bits)
-    scale = torch.ones(len(codes), 1)
-    weight = layout.pack(codes, scale, scale * 0, bits=bits, group_size=-1)
+    weight = layout.pack(codes, torch.ones(len(codes), 1), None, bits=bits, group_size=-1)
     expected = reference.dequantize(weight, torch.float64)
-    assert torch.equal(expected, codes.double())
-    _, magic = MAGIC[dtype]
-    if bits == 8 and dtype == torch.bfloat16:  # seven bits fit beside the magic, then the top one
-        low = assembled(weight.qweight, bits, dtype, 0).double()
-        top = assembled(weight.qweight, bits, dtype, 1).double()
-        assert torch.equal(low, magic + expected % 128)
-        assert torch.equal(top, 256 - expected.div(128, rounding_mode="floor") * 128)
-    else:
-        assert torch.equal(assembled(weight.qweight, bits, dtype, None).double(), magic + expected)
-
-
-def as_kernel(codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """code | magic as a number, the form that the assembly leaves."""
-    return as_numbers(codes.long() | MAGIC[dtype][0], dtype)
+    assert torch.equal(expected, codes.double() - 2 ** (bits - 1))
+    assert torch.equal(assembled(codes, None, None, bits, dtype).double(), expected)
 
 
 @pytest.mark.parametrize("dtype", MAGIC, ids=str)
 @pytest.mark.parametrize("bits", layout.BITS)
 def test_code_minus_zero_point_is_exact(bits: int, dtype: torch.dtype) -> None:
-    """The arithmetic of `unpack.centred`, rounded to the dtype after every operation."""
-    pairs = torch.tensor(list(itertools.product(range(2**bits), repeat=2)))
-    q, z = pairs.unbind(1)
-    middle = 2 ** (bits - 1)
-    if bits == 8 and dtype == torch.bfloat16:
-        v, top = as_kernel(q & 127, dtype), as_kernel(~q & 128, dtype)
-        symmetric = v - top
-        general = symmetric - (as_kernel(z & 127, dtype) - as_kernel(~z & 128, dtype))
-    else:
-        v = as_kernel(q, dtype)
-        symmetric = v - float(MAGIC[dtype][1] + middle)
-        general = v - as_kernel(z, dtype)
-    assert torch.equal(symmetric.double(), (q - middle).double())
-    assert torch.equal(general.double(), (q - z).double())
+    codes = every_code_everywhere(bits)[: 64 * 16]
+    if bits == 8:
+        codes = torch.arange(256).repeat(64, 1).view(128, 128).to(torch.uint8)
+    zeros = range(2**bits) if bits < 8 else (0, 1, 2, 63, 64, 127, 128, 129, 200, 254, 255)
+    for zero in zeros:
+        made = assembled(codes, zero, None, bits, dtype)
+        assert torch.equal(made.double(), codes.double() - zero), zero
+
+
+@pytest.mark.parametrize("dtype", MAGIC, ids=str)
+@pytest.mark.parametrize("bits", layout.BITS)
+def test_scaled_weights_are_rounded_once(bits: int, dtype: torch.dtype) -> None:
+    codes = every_code_everywhere(bits)[: 64 * 8]
+    for zero, scale in ((None, 0.0123), (2**bits - 1, -3.4), (1, 1e-4)):
+        made = assembled(codes, zero, scale, bits, dtype)
+        middle = 2 ** (bits - 1) if zero is None else zero
+        exact = (codes.double() - middle) * torch.tensor(scale, dtype=dtype).double()
+        assert torch.equal(made, exact.to(dtype))
+
+
+def test_every_bit_of_a_word_is_used_once() -> None:
+    for bits in layout.BITS:
+        used = [
+            (piece.word, piece.bit + i)
+            for part in range(bitfields.parts(bits))
+            for h2, half in itertools.product((0, 1), (0, 1))
+            for piece in bitfields.pieces(bits, part, h2, half)
+            for i in range(piece.width)
+        ]
+        words = bitfields.words_per_element(bits)
+        assert sorted(used) == list(itertools.product(range(words), range(16)))
 
 
 def test_the_emulator_is_not_blind() -> None:
@@ -150,4 +201,11 @@ def test_the_emulator_is_not_blind() -> None:
     text = "{\n" + "\n".join(f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, $8;" for i in range(4)) + "\n}"
     assert [int(x) for x in run_ptx(text, {"$8": word})] == [0xCDEF, 0x89AB] * 4
     with pytest.raises(AssertionError):
-        run_ptx("{\nprmt.b32 t, $8, $8, 0;\n}", {"$8": word})
+        run_ptx("{\nvadd4.u32.u32.u32 t, $8, $8, 0;\n}", {"$8": word})
+    a, b = torch.tensor([0x33221100]), torch.tensor([0x77665544])
+    assert prmt(a, b, torch.tensor(0x4271)).item() == 0x44227711
+    one, two = (
+        as_pair(torch.tensor([1.0]), torch.float16),
+        as_pair(torch.tensor([2.5]), torch.float16),
+    )
+    assert fma(two, two, one, torch.float16).item() == 0x47404740  # 7.25

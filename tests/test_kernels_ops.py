@@ -37,7 +37,7 @@ def test_codes_survive_packing(bits: int, N: int, K: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 2**bits, (N, K), dtype=torch.uint8, generator=generator)
     words = layout.pack_codes(codes, bits)
-    assert words.shape == (-(-N // 64), -(-K // plan.unit(bits)), plan.block_words(bits))
+    assert words.shape == (-(-N // 64), -(-K // 128), plan.block_words(bits))
     assert torch.equal(layout.unpack_codes(words, bits, N, K), codes)
 
 
@@ -164,8 +164,7 @@ def test_closed_form_fits_the_gpu_and_ignores_the_batch(bits: int, group: int) -
             for p in [*small, plan.closed_form(gpu, bits, group, N, K, 512)]:
                 assert 1 <= p.split <= 16
                 assert -(-N // 64) % p.tiles == 0
-                steps = -(-K // plan.unit(bits)) // plan.step_blocks(bits, group, K)
-                assert steps % p.unroll == 0
+                assert -(-K // 128) % p.unroll == 0
 
 
 def test_many_rows_and_odd_widths_go_to_the_dense_product() -> None:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # A module may import modules of lower levels only.
 LEVELS = [
     {"errors", "plots", "cli_common", "progress", "cli_help", "demo", "graph", "machine", "needs"},
-    {"ranks", "operations"},
+    {"ranks", "operations", "held"},
     {
         "allocate",
         "harness",

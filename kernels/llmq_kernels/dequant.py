@@ -7,63 +7,29 @@
 import triton
 import triton.language as tl
 
-from .unpack import centred, halves, load_words, rounded
-
-
-@triton.jit
-def _write(words, high, at, group, last, column, N, K,
-           BITS: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCKS: tl.constexpr,
-           W: tl.constexpr):  # fmt: skip
-    """Store the columns of `words`, which share one group; groups after `last` are padding."""
-    s_ptr, z_ptr, y_ptr, on = at
-    DTYPE: tl.constexpr = y_ptr.dtype.element_ty
-    EXACT: tl.constexpr = tl.float16 if DTYPE == tl.float32 else DTYPE
-    COLUMNS: tl.constexpr = BLOCKS * W * (16 if (BITS == 4 or BITS == 8) else 32)
-    local = tl.arange(0, 64)
-    group = tl.minimum(group, last)
-    s = tl.load(s_ptr + group * 64 + local).to(tl.float32)
-    z = s if SYMMETRIC else tl.load(z_ptr + group * 64 + local)
-    v = centred(words, high, z, BITS, SYMMETRIC, EXACT, 1, BLOCKS, W).to(tl.float32)
-    k = column + tl.arange(0, COLUMNS)
-    mask = (on < N)[:, None] & (k < K)[None, :]
-    out = y_ptr + on[:, None].to(tl.int64) * K + k[None, :]
-    tl.store(out, rounded(v * s[:, None], DTYPE), mask=mask)
+from .grid import grid_pointers, load_grid
+from .unpack import load_words, rounded, weights
 
 
 @triton.jit
 def dequantize_kernel(
-    qw_ptr, s_ptr, z_ptr, y_ptr, N, K, blocks, groups,
-    BITS: tl.constexpr, GROUP: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCKS: tl.constexpr,
+    qw_ptr, s_ptr, z_ptr, y_ptr, N, K, blocks,
+    BITS: tl.constexpr, GROUP: tl.constexpr, SYMMETRIC: tl.constexpr,
 ):  # fmt: skip
-    """One program: 64 rows, one step (a group, or a block if that is more). GROUP 0: per row."""
-    tile, step = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    UNIT: tl.constexpr = 64 if (BITS == 4 or BITS == 8) else 128
-    WORDS: tl.constexpr = UNIT * BITS * 2
-    STEP: tl.constexpr = BLOCKS * UNIT
-    PARTS: tl.constexpr = UNIT // GROUP if (GROUP > 0 and GROUP < UNIT) else 1
-    column = step * STEP
-    group = column // GROUP if GROUP > 0 else 0
-    last = groups - 1
-    on = tl.program_id(0) * 64 + tl.arange(0, 64)
-    s_ptr += tile * (groups * 64)
-    z_ptr += tile * (groups * 64)
-    block_ptr = qw_ptr + tile * (blocks * WORDS) + step * (BLOCKS * WORDS)
-    words, high = load_words(block_ptr, BITS, 1, BLOCKS, 0)
-    at = (s_ptr, z_ptr, y_ptr, on)
-    if PARTS == 1:
-        _write(words, high, at, group, last, column, N, K, BITS, SYMMETRIC, BLOCKS, 4)
-    else:
-        w0, w1 = halves(words, 1, 4)
-        h0, h1 = halves(high, 1, 4)
-        if PARTS == 2:
-            _write(w0, h0, at, group, last, column, N, K, BITS, SYMMETRIC, 1, 2)
-            _write(w1, h1, at, group + 1, last, column + GROUP, N, K, BITS, SYMMETRIC, 1, 2)
-        else:
-            w00, w01 = halves(w0, 1, 2)
-            h00, h01 = halves(h0, 1, 2)
-            w10, w11 = halves(w1, 1, 2)
-            h10, h11 = halves(h1, 1, 2)
-            _write(w00, h00, at, group, last, column, N, K, BITS, SYMMETRIC, 1, 1)
-            _write(w01, h01, at, group + 1, last, column + 32, N, K, BITS, SYMMETRIC, 1, 1)
-            _write(w10, h10, at, group + 2, last, column + 64, N, K, BITS, SYMMETRIC, 1, 1)
-            _write(w11, h11, at, group + 3, last, column + 96, N, K, BITS, SYMMETRIC, 1, 1)
+    """One program: one block, 64 rows and 128 columns. GROUP 0: one group per row."""
+    tile, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    DTYPE: tl.constexpr = y_ptr.dtype.element_ty
+    EXACT: tl.constexpr = tl.float16 if DTYPE == tl.float32 else DTYPE
+    P: tl.constexpr = 128 // GROUP if GROUP > 0 else 1
+    lines, line = (blocks, block) if GROUP > 0 else (1, 0)
+    words = load_words(qw_ptr + (tile * blocks + block) * (256 * BITS), BITS, 1, 0)
+    s_ptrs, z_ptrs = grid_pointers(s_ptr, z_ptr, tile, line, lines, GROUP, 1)
+    grid = load_grid(s_ptrs, z_ptrs, 0, None, 0, GROUP, SYMMETRIC, 1)
+    v = weights(words, grid, GROUP, BITS, SYMMETRIC, False, s_ptr.dtype.element_ty, EXACT)
+    n, p = tl.arange(0, 64), tl.arange(0, P)
+    s = tl.load(s_ptr + (tile * lines + line) * (64 * P) + n[:, None] * P + p[None, :])  # (64, P)
+    v = v.to(tl.float32).reshape((64, P, 128 // P)) * s.to(tl.float32)[:, :, None]
+    on, k = tl.program_id(0) * 64 + n, block * 128 + tl.arange(0, 128)
+    mask = (on < N)[:, None] & (k < K)[None, :]
+    out = y_ptr + on[:, None].to(tl.int64) * K + k[None, :]
+    tl.store(out, rounded(v.reshape((64, 128)), DTYPE), mask=mask)

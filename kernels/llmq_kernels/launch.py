@@ -10,7 +10,7 @@ from torch import Tensor
 from .dequant import dequantize_kernel
 from .gemm import linear_kernel
 from .layout import PackedWeight
-from .plan import TILE, Plan, step_blocks, unit
+from .plan import TILE, UNIT, Plan
 
 
 class Routing(NamedTuple):
@@ -51,61 +51,47 @@ def linear(
     N, K = weight.shape
     M = x.shape[0] if routing is None else routing.total
     m_blocks = -(-M // plan.block_m) if routing is None else routing.experts.numel()
-    blocks = weight.qweight.shape[-2]
-    per_step = step_blocks(weight.bits, weight.group_size, K)
-    steps = blocks // per_step
-    unroll = plan.unroll if steps % plan.unroll == 0 else 1
-    tiles = plan.tiles if weight.qweight.shape[-3] % plan.tiles == 0 else 1
-    n_blocks = weight.qweight.shape[-3] // tiles
+    row_tiles, blocks = weight.qweight.shape[-3:-1]
+    unroll = plan.unroll if blocks % plan.unroll == 0 else 1
+    tiles = plan.tiles if row_tiles % plan.tiles == 0 else 1
+    n_blocks = row_tiles // tiles
     split = plan.split if n_blocks * m_blocks <= weight.counters.numel() else 1
     y = x.new_empty(M, N, dtype=out_dtype)
     partial = y
     if split > 1:
-        partial = x.new_empty(
-            n_blocks * m_blocks * split * tiles * TILE * plan.block_m, dtype=torch.float32
-        )
-    constants: dict[str, Any] = {
+        sums = n_blocks * m_blocks * split * tiles * TILE * plan.block_m
+        partial = x.new_empty(sums, dtype=torch.float32)
+    unused = weight.counters
+    zero = weight.scale if weight.zero is None else weight.zero
+    pairs, experts = (unused, unused) if routing is None else (routing.pairs, routing.experts)
+    linear_kernel[(n_blocks, split, m_blocks)](
+        x, weight.qweight, weight.scale, zero, x if bias is None else bias, y, partial,
+        weight.counters, pairs, experts, M, N, K, blocks, blocks // unroll, x.stride(0),
+        **_format(weight),
+        BIAS=bias is not None,
+        TILES=tiles,
+        BLOCK_M=plan.block_m,
+        UNROLL=unroll,
+        SPLIT=split > 1,
+        EVEN_K=K % UNIT == 0,
+        PDL=pdl,
+        TOP_K=0 if routing is None else routing.top_k,
+        num_warps=plan.warps,
+        num_stages=plan.stages,
+        **({} if plan.maxnreg is None else {"maxnreg": plan.maxnreg}),
+        **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+    return y
+
+
+def _format(weight: PackedWeight) -> dict[str, Any]:
+    """What both kernels are compiled for."""
+    return {
         "BITS": weight.bits,
         "GROUP": max(0, weight.group_size),
         "SYMMETRIC": weight.zero is None,
-        "BIAS": bias is not None,
-        "TILES": tiles,
-        "BLOCK_M": plan.block_m,
-        "BLOCKS": per_step,
-        "UNROLL": unroll,
-        "SPLIT": split > 1,
-        "EVEN_K": blocks * unit(weight.bits) == K,
-        "PDL": pdl,
-        "TOP_K": 0 if routing is None else routing.top_k,
-        "num_warps": plan.warps,
-        "num_stages": plan.stages,
         "enable_fp_fusion": True,  # what triton 3.6 does unasked, and 3.9 warns about
     }
-    if plan.maxnreg is not None:
-        constants["maxnreg"] = plan.maxnreg
-    if pdl:
-        constants["launch_pdl"] = True
-    linear_kernel[(n_blocks, split, m_blocks)](
-        x,
-        weight.qweight,
-        weight.scale,
-        weight.scale if weight.zero is None else weight.zero,
-        x if bias is None else bias,
-        y,
-        partial,
-        weight.counters,
-        weight.counters if routing is None else routing.pairs,
-        weight.counters if routing is None else routing.experts,
-        M,
-        N,
-        K,
-        blocks,
-        weight.scale.shape[-2],
-        steps // unroll,
-        x.stride(0),
-        **constants,
-    )
-    return y
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
@@ -118,26 +104,10 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype, out: Tensor | None = No
     """
     N, K = weight.shape
     y = weight.scale.new_empty(N, K, dtype=dtype) if out is None else out
-    blocks = weight.qweight.shape[-2]
-    per_step = step_blocks(weight.bits, weight.group_size, K)
-    constants: dict[str, Any] = {
-        "BITS": weight.bits,
-        "GROUP": max(0, weight.group_size),
-        "SYMMETRIC": weight.zero is None,
-        "BLOCKS": per_step,
-        "num_warps": 4,
-        "enable_fp_fusion": True,
-    }
-    dequantize_kernel[(weight.qweight.shape[-3], blocks // per_step)](
-        weight.qweight,
-        weight.scale,
-        weight.scale if weight.zero is None else weight.zero,
-        y,
-        N,
-        K,
-        blocks,
-        weight.scale.shape[-2],
-        **constants,
+    row_tiles, blocks = weight.qweight.shape[-3:-1]
+    zero = weight.scale if weight.zero is None else weight.zero
+    dequantize_kernel[(row_tiles, blocks)](
+        weight.qweight, weight.scale, zero, y, N, K, blocks, **_format(weight), num_warps=4
     )
     return y
 

@@ -2,17 +2,20 @@
 
 Codes are stored in the order in which the lanes of a warp hold the left operand of
 `mma.m16n8k16` / `wgmma.m64k16`, so that nothing moves between threads after unpacking. One block
-covers 64 rows and `unit(bits)` columns and is contiguous. Pure tensor functions, any device.
+covers 64 rows and 128 columns and is contiguous. Pure tensor functions, any device.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .plan import COUNTERS_PER_TILE, TILE, unit
+from .bitfields import parts, pieces, words_per_element
+from .plan import COUNTERS_PER_TILE, TILE, UNIT, groups_per_line
 
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (32, 64, 128, -1)
@@ -23,9 +26,10 @@ class PackedWeight:
     """One weight matrix (N, K), or E of them stacked, in the kernels' layout.
 
     Attributes:
-        qweight: int32 (Nt, Ku, words): Nt = ceil(N / 64), Ku = ceil(K / unit(bits)).
-        scale: (Nt, K/G, 64), any float dtype.
-        zero: uint8 (Nt, K/G, 64), or None: the zero point is 2**(bits - 1) everywhere.
+        qweight: int32 (Nt, Kb, words): Nt = ceil(N / 64), Kb = ceil(K / 128).
+        scale: (Nt, Kb, 64, P), any float dtype: P = 128 / G groups lie in a block. One group per
+            row: (Nt, 1, 64, 1).
+        zero: uint8, as `scale`, or None: the zero point is 2**(bits - 1) everywhere.
         counters: int32 (Nt * 4,), zero before and after every launch: arrivals under split-K.
         bits: 2, 3, 4 or 8.
         group_size: 32, 64, 128 or -1.
@@ -77,16 +81,24 @@ def pack(
             f"codes {tuple(codes.shape)} and scale {tuple(scale.shape)} do not agree with "
             f"group_size={group_size}."
         )
-    tiles = -(-N // TILE)
+    tiles, per_line = -(-N // TILE), groups_per_line(group_size)
     return PackedWeight(
         qweight=pack_codes(codes, bits),
-        scale=_tiled(scale),
-        zero=None if zero is None else _tiled(zero.to(torch.uint8)),
+        scale=_tiled(scale, per_line),
+        zero=None if zero is None else _tiled(zero.to(torch.uint8), per_line),
         counters=codes.new_zeros(tiles * COUNTERS_PER_TILE, dtype=torch.int32),
         bits=bits,
         group_size=group_size,
         shape=(N, K),
     )
+
+
+def unpack(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Inverse of `pack`: codes (N, K), scale (N, K/G) and zero points (N, K/G) or None."""
+    N, K = weight.shape
+    groups = 1 if weight.group_size == -1 else K // weight.group_size
+    zero = None if weight.zero is None else untile(weight.zero, N, groups)
+    return unpack_codes(weight.qweight, weight.bits, N, K), untile(weight.scale, N, groups), zero
 
 
 def stack(experts: list[PackedWeight]) -> PackedWeight:
@@ -128,84 +140,78 @@ def join_rows(weights: list[PackedWeight]) -> PackedWeight:
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """uint8 codes (N, K) -> int32 (Nt, Ku, words), padded with zeros to whole blocks."""
+    """uint8 codes (N, K) -> int32 (Nt, Kb, words), padded with zeros to whole blocks."""
     N, K = codes.shape
-    columns = unit(bits)
-    codes = torch.nn.functional.pad(codes, (0, -K % columns, 0, -N % TILE))
-    # tile, m16, half, r, block, word, chunk, h2, c, e
-    t = codes.view(-1, 4, 2, 8, codes.shape[1] // columns, 4, columns // 64, 2, 4, 2)
-    t = t.permute(0, 4, 1, 3, 8, 5, 6, 2, 7, 9)  # tile, block, m16, r, c, word, chunk, half, h2, e
-    planes = [_deposit(plane, shifts) for plane, shifts in _planes(t, bits)]
-    return torch.cat([p.flatten(2) for p in planes], dim=-1).contiguous()
+    codes = torch.nn.functional.pad(codes, (0, -K % UNIT, 0, -N % TILE))
+    # tile, m16, half, r, block, element, part, h2, c, e
+    t = codes.view(-1, 4, 2, 8, codes.shape[1] // UNIT, _elements(bits), parts(bits), 2, 4, 2)
+    t = t.permute(0, 4, 1, 3, 8, 5, 6, 7, 2, 9)  # tile, block, m16, r, c, element, ...
+    shape = t.shape[:6]
+    words = [codes.new_zeros(shape, dtype=torch.int32) for _ in range(words_per_element(bits))]
+    for part, h2, half, e in _places(bits):
+        code, done = t[..., part, h2, half, e].to(torch.int32), 0
+        for piece in pieces(bits, part, h2, half):
+            field = (code >> done) & ((1 << piece.width) - 1)
+            words[piece.word] |= field << (piece.bit + 16 * e)
+            done += piece.width
+    return _to_memory([w.flatten(2, 4) for w in words], bits)
 
 
 def unpack_codes(qweight: Tensor, bits: int, N: int, K: int) -> Tensor:
     """Inverse of `pack_codes`: uint8 (N, K)."""
-    lanes = (*qweight.shape[:2], 4, 8, 4)  # tile, block, m16, r, c
-    chunks = unit(bits) // 64
-    if bits == 8:
-        halves = [
-            _extract(p.reshape(*lanes, 4), _shifts(2, 1, 8), 255) for p in qweight.chunk(2, -1)
-        ]
-        t = torch.stack([h.view(*lanes, 4, 1, 2, 2) for h in halves], dim=-2)
-    else:
-        width = min(bits, 2) if bits != 4 else 4
-        t = _extract(qweight[..., :512].reshape(*lanes, 4), _shifts(4, chunks, width), 2**width - 1)
-        t = t.view(*lanes, 4, chunks, 2, 2, 2)  # chunk, h2, half, e
-        t = t.transpose(-2, -3)
-        if bits == 3:
-            top = _extract(qweight[..., 512:].reshape(*lanes, 2), _shifts(4, 4, 1), 1)
-            t = t | top.view(*lanes, 2, 2, 2, 2, 2, 2).transpose(-2, -3).reshape(t.shape) << 2
-    t = t.permute(0, 2, 7, 3, 1, 5, 6, 8, 4, 9)  # tile, m16, half, r, block, word, chunk, h2, c, e
-    return t.reshape(lanes[0] * TILE, lanes[1] * unit(bits))[:N, :K].contiguous()
+    words = element_words(qweight, bits)
+    tiles, blocks = qweight.shape[:2]
+    shape = (tiles, blocks, 4, 8, 4, _elements(bits))  # m16, r, c
+    codes = []
+    for part, h2, half, e in _places(bits):
+        code, done = torch.zeros_like(words[0]), 0
+        for piece in pieces(bits, part, h2, half):
+            field = (words[piece.word] >> (piece.bit + 16 * e)) & ((1 << piece.width) - 1)
+            code |= field << done
+            done += piece.width
+        codes.append(code.to(torch.uint8).view(shape))
+    t = torch.stack(codes, -1).unflatten(-1, (parts(bits), 2, 2, 2))  # part, h2, half, e
+    t = t.permute(0, 2, 8, 3, 1, 5, 6, 7, 4, 9)  # tile, m16, half, r, block, element, part, ...
+    return t.reshape(tiles * TILE, blocks * UNIT)[:N, :K].contiguous()
 
 
-def untile(values: Tensor, N: int) -> Tensor:
-    """(Nt, K/G, 64) -> (N, K/G): scales or zero points in their plain order."""
-    return values.transpose(1, 2).flatten(0, 1)[:N]
-
-
-def _tiled(values: Tensor) -> Tensor:
-    """(N, K/G) -> (Nt, K/G, 64), padded with zeros."""
-    N, groups = values.shape
-    padded = torch.nn.functional.pad(values, (0, 0, 0, -N % TILE))
-    return padded.view(-1, TILE, groups).transpose(1, 2).contiguous()
-
-
-def _shifts(pairs: int, chunks: int, width: int) -> list[int]:
-    """Bit positions of (chunk, pair, e): pairs from bit 0 up, their second halves 16 above."""
-    return [
-        (c * pairs + p) * width + 16 * e
-        for c in range(chunks)
-        for p in range(pairs)
-        for e in (0, 1)
-    ]
-
-
-def _planes(t: Tensor, bits: int) -> list[tuple[Tensor, list[int]]]:
-    """The words of each plane as (fields in bit order, shifts).
-
-    `t` is (tile, block, m16, r, c, word, chunk, half, h2, e); a pair is (h2, half).
-    """
-    chunks = t.shape[6]
-    if bits == 8:
-        return [(t[..., h2, :].flatten(6), _shifts(2, 1, 8)) for h2 in (0, 1)]
-    t = t.transpose(-2, -3)  # chunk, h2, half, e
+def element_words(qweight: Tensor, bits: int) -> list[Tensor]:
+    """(Nt, Kb, words) -> the first, second ... words of the elements, (Nt, Kb, 128, elements)."""
+    tiles, blocks = qweight.shape[:2]
+    lanes = (tiles, blocks, 128)
     if bits == 3:
-        low = (t & 3).flatten(6)
-        top = (t >> 2).unflatten(5, (2, 2)).flatten(6)
-        return [(low, _shifts(4, 2, 2)), (top, _shifts(4, 4, 1))]
-    return [(t.flatten(6), _shifts(4, chunks, bits))]
+        first = qweight[..., :512].reshape(*lanes, 2, 2)  # element, word
+        return [first[..., 0], first[..., 1], qweight[..., 512:].reshape(*lanes, 2)]
+    planes = qweight.view(tiles, blocks, -1, words_per_element(bits), 128, 4)
+    return [w.transpose(2, 3).flatten(3) for w in planes.unbind(3)]
 
 
-def _deposit(fields: Tensor, shifts: list[int]) -> Tensor:
-    """uint8 (..., J) at bit positions shifts[J] -> int32 (...)."""
-    words = torch.zeros(fields.shape[:-1], dtype=torch.int32, device=fields.device)
-    for j, shift in enumerate(shifts):
-        words |= fields[..., j].to(torch.int32) << shift
-    return words
+def _to_memory(words: list[Tensor], bits: int) -> Tensor:
+    """Inverse of `element_words`."""
+    if bits == 3:
+        first = torch.stack(words[:2], -1)
+        return torch.cat([first.flatten(2), words[2].flatten(2)], -1).contiguous()
+    planes = torch.stack([w.unflatten(3, (-1, 4)).transpose(2, 3) for w in words], 3)
+    return planes.flatten(2).contiguous()  # tile, block, (64 columns, word, lane, 4)
 
 
-def _extract(words: Tensor, shifts: list[int], mask: int) -> Tensor:
-    """Inverse of `_deposit`: int32 (...) -> uint8 (..., J)."""
-    return torch.stack([((words >> s) & mask).to(torch.uint8) for s in shifts], dim=-1)
+def _elements(bits: int) -> int:
+    """Elements per lane and block."""
+    return UNIT // (16 * parts(bits))
+
+
+def _places(bits: int) -> Iterator[tuple[int, ...]]:
+    """(part, h2, half, e) of an element's codes."""
+    return itertools.product(range(parts(bits)), (0, 1), (0, 1), (0, 1))
+
+
+def untile(values: Tensor, N: int, groups: int) -> Tensor:
+    """(Nt, lines, 64, P) -> (N, K/G): scales or zero points in their plain order."""
+    return values.transpose(1, 2).flatten(2).flatten(0, 1)[:N, :groups].contiguous()
+
+
+def _tiled(values: Tensor, per_line: int) -> Tensor:
+    """(N, K/G) -> (Nt, lines, 64, P), padded with zeros."""
+    N, groups = values.shape
+    padded = torch.nn.functional.pad(values, (0, -groups % per_line, 0, -N % TILE))
+    return padded.view(-1, TILE, padded.shape[1] // per_line, per_line).transpose(1, 2).contiguous()

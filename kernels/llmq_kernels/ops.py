@@ -64,6 +64,11 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     )
 
 
+def fused(x: Tensor, scale: Tensor, group_size: int) -> bool:
+    """Whether the fused kernel knows these dtypes: in groups of 32 it takes 16-bit scales only."""
+    return x.dtype in FUSED_DTYPES and (group_size != 32 or scale.element_size() == 2)
+
+
 def _weight(
     qweight, scale, zero, counters, bits: int, group_size: int, N: int, K: int
 ) -> PackedWeight:
@@ -80,7 +85,7 @@ def _linear(
     if x.device.type != "cuda":
         return reference.linear(x, weight, bias)
     plan = None
-    if x.dtype in FUSED_DTYPES and x.shape[0]:
+    if fused(x, scale, group_size) and x.shape[0]:
         plan = plans.choose(gpu(x.device), bits, group_size, N, x.shape[1], x.shape[0])
     with torch.cuda.device(x.device):  # triton launches on the current device, not on x's
         if plan is None:
@@ -119,8 +124,8 @@ def _linear_experts(
 ) -> Tensor:  # fmt: skip
     weight = _weight(qweight, scale, zero, counters, bits, group_size, N, x.shape[1])
     pairs, experts = chosen.numel(), qweight.shape[0]
-    fused = x.dtype in FUSED_DTYPES and plans.fits(x.shape[1]) and pairs > 0
-    if x.device.type != "cuda" or not fused:
+    fits = fused(x, scale, group_size) and plans.fits(x.shape[1]) and pairs > 0
+    if x.device.type != "cuda" or not fits:
         return reference.linear_experts(x, weight, chosen)
     from . import launch
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 TILE = 64  # rows per block of the layout: four m16 tiles, one warp group
+UNIT = 128  # columns per block of the layout, and per step of the kernel
 COUNTERS_PER_TILE = 4  # blocks of activations that may share a row tile under split-K
 TUNED = Path(__file__).parent / "tuned"
 M_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -38,22 +39,14 @@ class Gpu(NamedTuple):
     processors: int
 
 
-def unit(bits: int) -> int:
-    """Columns per block of the layout: what one lane's four words of the first plane cover."""
-    return 64 if bits in (4, 8) else 128
-
-
 def block_words(bits: int) -> int:
     """int32 words per block."""
-    return TILE * unit(bits) * bits // 32
+    return TILE * UNIT * bits // 32
 
 
-def step_blocks(bits: int, group_size: int, K: int) -> int:
-    """Blocks along K that one step of the loop reads: one group, or one block if that is more."""
-    blocks = -(-K // unit(bits))
-    if group_size == -1:
-        return 2 if unit(bits) == 64 and blocks % 2 == 0 else 1
-    return max(1, group_size // unit(bits))
+def groups_per_line(group_size: int) -> int:
+    """Scales that a row has in one block of 128 columns, side by side in memory."""
+    return 1 if group_size == -1 else UNIT // group_size
 
 
 def choose(gpu: Gpu, bits: int, group_size: int, N: int, K: int, M: int) -> Plan | None:
@@ -80,26 +73,24 @@ def closed_form(gpu: Gpu, bits: int, group_size: int, N: int, K: int, M: int) ->
     """
     tiles = -(-N // TILE)
     block_m = next(b for b in (16, 32, 64, 128) if b >= M or b == 128)
-    # Two row tiles share the work on x and on addresses: worth it where groups are small or
-    # there are rows enough for every processor. With 2 and 3 bits registers run out.
-    pairs = tiles % 2 == 0 and bits >= 4
-    many = pairs and (group_size in (32, 64) or tiles >= 3 * gpu.processors)
     # Accumulators of mma.sync (everything but sm_90 and sm_100) need more registers.
     hopper = (9, 0) <= gpu.capability < (12, 0)
+    # Two row tiles share the work on x and on addresses: worth it where groups are small, where
+    # codes take long to unpack, or where there are rows enough for every processor. With 3 bits
+    # the compiler would move operands through shared memory: a longer trip instead.
+    pairs = tiles % 2 == 0 and bits != 3
+    worth = group_size in (32, 64) or bits == 8 or tiles >= 3 * gpu.processors
+    many = pairs and worth and (bits >= 4 or gpu.capability[0] == 9)
     wide = 2 if (many and block_m == 16) or (pairs and hopper and block_m >= 64) else 1
-    columns = unit(bits) * step_blocks(bits, group_size, K)
-    steps = -(-K // columns)
+    steps = -(-K // UNIT)
     if M <= 64:
         split = round(gpu.processors * (10 if many else 5) / tiles)
     else:
         split = gpu.processors * wide // (tiles * -(-M // block_m))
     split = max(1, min(split, 16, K // 512))
-    # Groups of 32 have the most to do beside unpacking; a longer trip shares more of it, where
-    # two of them are left for every program.
-    long = gpu.capability[0] == 9 and group_size == 32 and bits == 4 and -(-K // 512) > split
-    longest = 512 if long else 256
-    unroll = next(u for u in (longest // columns, 256 // columns, 2, 1) if u and steps % u == 0)
-    step_bytes = columns * (64 * wide * bits // 8 + 2 * block_m)
+    long = bits == 3 and group_size in (32, 64) and gpu.capability[0] == 9
+    unroll = next(u for u in (4 if long else 2, 2, 1) if steps % u == 0)
+    step_bytes = UNIT * (64 * wide * bits // 8 + 2 * block_m)
     shared = shared_bytes(gpu.capability)
     if block_m == 128 or (block_m == 64 and not hopper) or 2 * unroll * step_bytes > shared:
         unroll = 1

@@ -5,21 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .layout import PackedWeight, unpack_codes, untile
+from .layout import PackedWeight, unpack
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """The matrix (N, K) that `weight` stands for: exact products, rounded once to `dtype`."""
-    N, K = weight.shape
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    codes = unpack_codes(weight.qweight, weight.bits, N, K)
-    scale = untile(weight.scale, N).to(wide).unsqueeze(-1)  # (N, K/G, 1)
-    codes = codes.unflatten(1, (scale.shape[1], -1))  # (N, K/G, G)
-    if weight.zero is None:
-        centred = codes.to(wide) - 2 ** (weight.bits - 1)
-    else:
-        centred = codes.to(wide) - untile(weight.zero, N).unsqueeze(-1)
-    return centred.mul_(scale).flatten(1).to(dtype)
+    codes, scale, zero = unpack(weight)
+    codes = codes.unflatten(1, (scale.shape[1], -1)).to(wide)  # (N, K/G, G)
+    middle = 2 ** (weight.bits - 1) if zero is None else zero.unsqueeze(-1)
+    return codes.sub_(middle).mul_(scale.to(wide).unsqueeze(-1)).flatten(1).to(dtype)
 
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:

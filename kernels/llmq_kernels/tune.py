@@ -22,7 +22,7 @@ import torch
 
 from . import layout, ops
 from .layout import PackedWeight
-from .plan import M_BUCKETS, TILE, TUNED, Gpu, Plan, closed_form, shared_bytes, step_blocks, unit
+from .plan import M_BUCKETS, TILE, TUNED, UNIT, Gpu, Plan, closed_form, shared_bytes
 from .timing import copies, microseconds
 
 SHAPES = (
@@ -37,19 +37,18 @@ def candidates(gpu: Gpu, bits: int, group_size: int, N: int, K: int, M: int) -> 
     Their order is random but fixed, so that a search that is cut short has seen a fair sample.
     """
     first = closed_form(gpu, bits, group_size, N, K, M)
-    columns = unit(bits) * step_blocks(bits, group_size, K)
-    steps = -(-K // columns)
+    steps = -(-K // UNIT)
     found = [first]
     for tiles, block_m, unroll, split, warps, stages in itertools.product(
         (1, 2), (16, 32, 64, 128), (1, 2, 4), (1, 2, 4, 8, 16), (4, 8), (2, 3, 4, 6)
     ):
-        bytes_needed = stages * unroll * columns * (64 * tiles * bits // 8 + 2 * block_m)
+        bytes_needed = stages * unroll * UNIT * (64 * tiles * bits // 8 + 2 * block_m)
         programs = -(-N // (TILE * tiles)) * split * -(-M // block_m)
         sensible = (
             block_m <= max(16, 2 * M)
             and M <= 4 * block_m
             and steps % unroll == 0
-            and unroll * columns <= 512
+            and unroll * UNIT <= 512
             and split <= max(1, K // 512)
             and gpu.processors // 2 <= programs <= 16 * gpu.processors
             and bytes_needed <= shared_bytes(gpu.capability)

@@ -5,152 +5,93 @@
 """Packed words -> the left operand of a matrix instruction, in registers. Triton.
 
 An OR puts codes under the mantissa of a power of two (bf16: 0x4300 | q = 128 + q, fp16:
-0x6400 | q = 1024 + q), so one LOP3 makes two weights and no integer is ever converted. Taking the
-zero point away, in the same form, leaves the exact integer q - z. Eight bits do not fit under
-bf16's seven: there q - 128 is the difference of two such parts, 128 + (q & 127) and 128 or 256.
+0x6400 | q = 1024 + q), so one LOP3 makes two weights and no integer is ever converted. A
+multiply-add then takes the zero point away and leaves the exact integer q - z. It may halve as
+well: codes of rows 8 to 15 stay `lift` bits above the end of the mantissa, which saves the shift
+that would bring them down. Eight bits do not fit under bf16's seven: see `_eight_bits`.
 """
 
 import triton
 import triton.language as tl
 
+from . import bitfields
+from .grid import centre, lift, minus, scale_of, scale_pair
+
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+pieces = triton.constexpr_function(bitfields.pieces)
+parts = triton.constexpr_function(bitfields.parts)
 
 
 @triton.constexpr_function
-def unpack_ptx(bits, bf16, part):
-    """PTX that makes eight 16-bit numbers ($0..$7) of one fragment from its words ($8, $9).
+def decode_ptx(bits, bf16, part, symmetric, scaled):
+    """PTX: the eight 16-bit weights ($0..$7) of one fragment of an element.
 
-    Output 2 * (half + 2 * h2) + e is code (half, h2, e) of the fragment. `part` is the fragment
-    within the word (2 and 3 bits), or 1 for the inverted top bit (8 bits in bf16).
+    Output 2 * (half + 2 * h2) + e is code (half, h2, e), minus its zero point, times its scale if
+    `scaled`. Inputs: the element's words $8, $9, $10; for half 0 and 1 the pairs that centre
+    ($11, $12, see `centre`) and the scales ($13, $14), as pairs of equal 16-bit floats.
     """
-    magic = 0x43004300 if bf16 else 0x64006400
-    ptx = [".reg .b32 t, a;"]
-    for pair in range(4):
+    kind, magic = ("bf16x2", 0x43004300) if bf16 else ("f16x2", 0x64006400)
+    one = 0x3F80 if bf16 else 0x3C00
+    ptx = [".reg .b32 t, a, m, f;"]
+    for h2, half in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        up = lift(bits, bf16, half)
+        centre = f"${11 + half}"
+        if symmetric:
+            ptx.append(f"mov.b32 m, {minus(1 << (bits - 1), bits, bf16, half) * 0x10001};")
+            centre = "m"
         if bits == 8:
-            word, shift = f"${8 + pair // 2}", 8 * (pair % 2)
-            mask = (0x00800080 if part else 0x007F007F) if bf16 else 0x00FF00FF
+            ptx += _eight_bits(f"${8 + h2}", half, bf16, symmetric, centre)
         else:
-            width = 2 if bits == 3 else bits
-            word, shift = "$8", width * (4 * part + pair)
-            mask = 0x000F000F if bits == 4 else 0x00030003
-        ptx.append(f"shr.u32 t, {word}, {shift};")
-        table = 0xAE if bits == 8 and bf16 and part else 0xEA  # (~t & mask) | magic, or t
-        ptx.append(f"lop3.b32 a, t, {mask}, {magic}, {table};")
-        if bits == 3:
-            up = 2 - (4 * part + pair)  # the third bit goes to bit 2
-            ptx.append(f"shl.b32 t, $9, {up};" if up >= 0 else f"shr.u32 t, $9, {-up};")
-            ptx.append(f"lop3.b32 a, t, {0x00040004}, a, 0xea;")
+            place, base = up, magic
+            for word, bit, width in pieces(bits, part, h2, half):
+                shift = bit - place
+                source = "t" if shift else f"${8 + word}"
+                if shift:
+                    ptx.append(f"shr.u32 t, ${8 + word}, {shift};")
+                mask = (((1 << width) - 1) << place) * 0x10001
+                ptx.append(f"lop3.b32 a, {source}, {mask}, {base}, 0xEA;")  # (source & mask) | base
+                place, base = place + width, "a"
+            factor = (one - (up << (7 if bf16 else 10))) * 0x10001
+            ptx.append(f"mov.b32 f, {factor};")
+            ptx.append(f"fma.rn.{kind} a, a, f, {centre};")
+        if scaled:
+            ptx.append(f"mov.b32 m, {0x80008000};")
+            ptx.append(f"fma.rn.{kind} a, a, ${13 + half}, m;")
+        pair = half + 2 * h2
         ptx.append(f"mov.b32 {{${2 * pair}, ${2 * pair + 1}}}, a;")
     return "{\n" + "\n".join(ptx) + "\n}"
 
 
-@triton.jit
-def _number(
-    words,
-    high,
-    PAIR: tl.constexpr,
-    E: tl.constexpr,
-    BITS: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PART: tl.constexpr,
-):
-    """One output of `unpack_ptx` without assembly: the interpreter's path."""
-    BF16: tl.constexpr = DTYPE == tl.bfloat16
-    MAGIC: tl.constexpr = 0x4300 if BF16 else 0x6400
-    if BITS == 8:
-        if PAIR < 2:
-            field = words >> (8 * PAIR + 16 * E)
-        else:
-            field = high >> (8 * (PAIR - 2) + 16 * E)
-        if BF16:
-            field = (~field & 0x80) if PART == 1 else (field & 0x7F)
-        else:
-            field = field & 0xFF
-    elif BITS == 4:
-        field = (words >> (4 * PAIR + 16 * E)) & 15
-    else:
-        field = (words >> (8 * PART + 2 * PAIR + 16 * E)) & 3
-        if BITS == 3:
-            field = field | (((high >> (4 * PART + PAIR + 16 * E)) & 1) << 2)
-    return (field | MAGIC).to(tl.int16)
+@triton.constexpr_function
+def _eight_bits(word, half, bf16, symmetric, centre):
+    """PTX that leaves code minus zero point in `a`; `centre` of asymmetric bf16 is 128 - zero.
 
-
-@triton.jit
-def _fragment(
-    words, high, BITS: tl.constexpr, DTYPE: tl.constexpr, PART: tl.constexpr, TWO: tl.constexpr
-):
-    """int32 (..., W) -> (..., W, h2, half, e): code + magic; `TWO`: codes span words and high."""
-    if INTERPRETED:
-        a0 = _number(words, high, 0, 0, BITS, DTYPE, PART)
-        b0 = _number(words, high, 0, 1, BITS, DTYPE, PART)
-        a1 = _number(words, high, 1, 0, BITS, DTYPE, PART)
-        b1 = _number(words, high, 1, 1, BITS, DTYPE, PART)
-        a2 = _number(words, high, 2, 0, BITS, DTYPE, PART)
-        b2 = _number(words, high, 2, 1, BITS, DTYPE, PART)
-        a3 = _number(words, high, 3, 0, BITS, DTYPE, PART)
-        b3 = _number(words, high, 3, 1, BITS, DTYPE, PART)
-    elif TWO:
-        a0, b0, a1, b1, a2, b2, a3, b3 = tl.inline_asm_elementwise(
-            unpack_ptx(BITS, DTYPE == tl.bfloat16, PART),
-            "=h,=h,=h,=h,=h,=h,=h,=h,r,r",
-            [words, high],
-            dtype=(tl.int16,) * 8,
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        a0, b0, a1, b1, a2, b2, a3, b3 = tl.inline_asm_elementwise(
-            unpack_ptx(BITS, DTYPE == tl.bfloat16, PART),
-            "=h,=h,=h,=h,=h,=h,=h,=h,r",
-            [words],
-            dtype=(tl.int16,) * 8,
-            is_pure=True,
-            pack=1,
-        )
-    even = tl.join(tl.join(a0, a2), tl.join(a1, a3))
-    odd = tl.join(tl.join(b0, b2), tl.join(b1, b3))
-    v = tl.join(even, odd).to(DTYPE, bitcast=True)
-    if INTERPRETED:  # which silently computes nonsense in bf16
-        v = v.to(tl.float32)
-    return v
-
-
-@triton.jit
-def _operand(
-    words,
-    high,
-    BITS: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PART: tl.constexpr,
-    TILES: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    W: tl.constexpr,
-):
-    """Words (TILES, BLOCKS * 128 * W) -> code + magic, (TILES * 64 rows, columns)."""
-    TWO: tl.constexpr = BITS == 3 or BITS == 8
-    ROWS: tl.constexpr = TILES * 64
-    if BITS == 2 or BITS == 3:
-        v = tl.join(
-            _fragment(words, high, BITS, DTYPE, 0, TWO), _fragment(words, high, BITS, DTYPE, 1, TWO)
-        )  # tile, (block, m16, r, c, word), h2, half, e, chunk
-        v = v.reshape((TILES, BLOCKS, 4, 8, 4, W, 2, 2, 2, 2))
-        v = v.permute((0, 2, 7, 3, 1, 5, 9, 6, 4, 8))
-        return v.reshape((ROWS, BLOCKS * W * 32))
-    else:
-        v = _fragment(words, high, BITS, DTYPE, PART, TWO)
-        v = v.reshape((TILES, BLOCKS, 4, 8, 4, W, 2, 2, 2))
-        v = v.permute((0, 2, 7, 3, 1, 5, 6, 4, 8))
-        return v.reshape((ROWS, BLOCKS * W * 16))
-
-
-@triton.jit
-def _magic(zero, MASK: tl.constexpr, DTYPE: tl.constexpr):
-    """uint8 zero points -> magic + (zero & MASK)."""
-    MAGIC: tl.constexpr = 0x4300 if DTYPE == tl.bfloat16 else 0x6400
-    z = ((zero.to(tl.int16) & MASK) | MAGIC).to(DTYPE, bitcast=True)
-    if INTERPRETED:
-        z = z.to(tl.float32)
-    return z
+    fp16: 0x64 above the code's byte is 1024 + q. bf16: 0x43 above it is 128 + q, or from 128 on
+    256 + 2 (q - 128); its top bit makes a factor of 1 or 1/2, and (that - 256) * factor = q - 128.
+    Without a zero point to add, the difference of 128 + (q & 127) and 256 or 128 is shorter.
+    """
+    if bf16 and symmetric:
+        shifted = [f"shr.u32 t, {word}, 8;"] if half else []
+        t = "t" if half else word
+        return [
+            *shifted,
+            f"lop3.b32 a, {t}, {0x007F007F}, {0x43004300}, 0xEA;",
+            f"lop3.b32 f, {t}, {0x00800080}, {0x43004300}, 0xAE;",  # (~t & mask) | magic
+            f"mov.b32 m, {0xBF80BF80};",
+            "fma.rn.bf16x2 a, f, m, a;",
+        ]
+    high, select = (0x43434343, 0x64646464)[not bf16], 0x4341 if half else 0x4240
+    spread = f"prmt.b32 a, {word}, {high}, {select};"
+    if not bf16:
+        return [spread, f"mov.b32 f, {0x3C003C00};", f"fma.rn.f16x2 a, a, f, {centre};"]
+    return [
+        spread,
+        f"lop3.b32 f, a, {0x00800080}, {0x3F003F00}, 0xAE;",
+        f"mov.b32 t, {0x3F803F80};",
+        f"mov.b32 m, {0xC380C380};",
+        "fma.rn.bf16x2 a, a, t, m;",
+        f"fma.rn.bf16x2 a, a, f, {centre};",
+    ]
 
 
 @triton.jit
@@ -164,67 +105,125 @@ def rounded(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def centred(
-    words,
-    high,
-    zero,
-    BITS: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
-    DTYPE: tl.constexpr,
-    TILES: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    W: tl.constexpr,
-):
-    """Codes minus zero points, exact integers in DTYPE (float32 when interpreted).
+def _number(words, zero, scale, PART: tl.constexpr, H2: tl.constexpr, HALF: tl.constexpr,
+            E: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """One output of `decode_ptx` without assembly, for the interpreter: exact, in float32."""
+    code, done = words[0] * 0, 0
+    for word, bit, width in pieces(BITS, PART, H2, HALF):
+        code |= ((words[word] >> (bit + 16 * E)) & ((1 << width) - 1)) << done
+        done += width
+    value = (code - zero).to(tl.float32)
+    return value if scale is None else rounded(value * scale, DTYPE).to(tl.float32)
+
+
+@triton.jit
+def _interpreted(words, lines, g, PART: tl.constexpr, BITS: tl.constexpr, SYMMETRIC: tl.constexpr,
+                 SCALED: tl.constexpr, STORED: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """`decode_ptx` for the interpreter: its eight outputs, in float32."""
+    z0, z1, s0, s1 = lines
+    found = []
+    for h2, half in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        z, s, scale = (z1, s1, None) if half else (z0, s0, None)
+        zero = 2 ** (BITS - 1) if SYMMETRIC else (z >> (g * 8)) & 255
+        if SCALED:
+            scale = rounded(scale_of(s, g, STORED), DTYPE).to(tl.float32)
+        for e in (0, 1):
+            found.append(_number(words, zero, scale, PART, h2, half, e, BITS, DTYPE))
+    return found
+
+
+@triton.jit
+def _fragment(words, lines, g, PART: tl.constexpr, BITS: tl.constexpr, SYMMETRIC: tl.constexpr,
+              SCALED: tl.constexpr, STORED: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """Fragment PART of every element: (..., h2, half, e)."""
+    if INTERPRETED:
+        a0, b0, a1, b1, a2, b2, a3, b3 = _interpreted(
+            words, lines, g, PART, BITS, SYMMETRIC, SCALED, STORED, DTYPE
+        )
+    else:
+        w0, w1, w2 = words
+        z0, z1, s0, s1 = lines
+        c0, c1, f0, f1 = w0, w0, w0, w0  # not read
+        if not SYMMETRIC:
+            c0, c1 = centre(z0, g, BITS, DTYPE, 0), centre(z1, g, BITS, DTYPE, 1)
+        if SCALED:
+            f0, f1 = scale_pair(s0, g, STORED, DTYPE), scale_pair(s1, g, STORED, DTYPE)
+        a0, b0, a1, b1, a2, b2, a3, b3 = tl.inline_asm_elementwise(
+            decode_ptx(BITS, DTYPE == tl.bfloat16, PART, SYMMETRIC, SCALED),
+            "=h,=h,=h,=h,=h,=h,=h,=h,r,r,r,r,r,r,r",
+            [w0, w1, w2, c0, c1, f0, f1],
+            dtype=(tl.int16,) * 8,
+            is_pure=True,
+            pack=1,
+        )
+    even = tl.join(tl.join(a0, a2), tl.join(a1, a3))
+    odd = tl.join(tl.join(b0, b2), tl.join(b1, b3))
+    v = tl.join(even, odd)
+    return v if INTERPRETED else v.to(DTYPE, bitcast=True)
+
+
+@triton.jit
+def weights(words, lines, GROUP: tl.constexpr, BITS: tl.constexpr, SYMMETRIC: tl.constexpr,
+            SCALED: tl.constexpr, STORED: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """One block of each row tile: codes minus zero points, exact, or times their scales.
 
     Args:
-        words, high: int32 (TILES, BLOCKS * 128 * W): the planes (`high`: 3 and 8 bits).
-        zero: uint8 (TILES * 64,); not read if SYMMETRIC.
+        words: three int32 tensors (TILES, 128 columns / (16 * parts * W), 4, 8, 4, W): the first,
+            second and third words of elements, as `load_words` returns them.
+        lines: zero points of rows r and r + 8 of the tiles of 16, then their scales; packed
+            integers (TILES, 1, 4, 8, 1, 1). Zeros are not read if SYMMETRIC, scales not without
+            SCALED.
+        GROUP: 32, 64 or 128; 0: per row.
+        STORED: dtype of the scales.
 
     Returns:
-        (TILES * 64, columns).
+        (TILES * 64, 128) in DTYPE (float32 when interpreted).
     """
-    BF16: tl.constexpr = DTYPE == tl.bfloat16
-    v = _operand(words, high, BITS, DTYPE, 0, TILES, BLOCKS, W)
-    if BITS == 8 and BF16:
-        top = _operand(words, high, BITS, DTYPE, 1, TILES, BLOCKS, W)
-        centre = v - top  # q - 128
-        if SYMMETRIC:
-            return centre
-        else:
-            return centre - (_magic(zero, 127, DTYPE) - _magic(zero ^ 128, 128, DTYPE))[:, None]
-    elif SYMMETRIC:
-        MIDDLE: tl.constexpr = (128.0 if BF16 else 1024.0) + (1 << (BITS - 1))
-        return v - MIDDLE
-    else:
-        return v - _magic(zero, 255, DTYPE)[:, None]
+    PARTS: tl.constexpr = parts(BITS)
+    TILES: tl.constexpr = words[0].shape[0]
+    SUB: tl.constexpr = words[0].shape[1]
+    W: tl.constexpr = words[0].shape[5]
+    sub = tl.arange(0, SUB)[None, :, None, None, None, None]
+    w = tl.arange(0, W)[None, None, None, None, None, :]
+    column = (sub * W + w) * (16 * PARTS)
+    SPAN: tl.constexpr = GROUP if GROUP > 0 else 128
+    v = _fragment(words, lines, column // SPAN, 0, BITS, SYMMETRIC, SCALED, STORED, DTYPE)
+    if PARTS == 2:
+        g = (column + 16) // SPAN
+        v = tl.join(v, _fragment(words, lines, g, 1, BITS, SYMMETRIC, SCALED, STORED, DTYPE))
+    elif PARTS == 4:
+        g1, g2, g3 = (column + 16) // SPAN, (column + 32) // SPAN, (column + 48) // SPAN
+        v1 = _fragment(words, lines, g1, 1, BITS, SYMMETRIC, SCALED, STORED, DTYPE)
+        v2 = _fragment(words, lines, g2, 2, BITS, SYMMETRIC, SCALED, STORED, DTYPE)
+        v3 = _fragment(words, lines, g3, 3, BITS, SYMMETRIC, SCALED, STORED, DTYPE)
+        v = tl.join(tl.join(v, v2), tl.join(v1, v3))
+    v = v.reshape((TILES, SUB, 4, 8, 4, W, 2, 2, 2, PARTS))  # m16, r, c, w, h2, half, e, part
+    v = v.permute((0, 2, 7, 3, 1, 5, 9, 6, 4, 8))
+    return v.reshape((TILES * 64, 128))
 
 
 @triton.jit
-def load_words(
-    block_ptr, BITS: tl.constexpr, TILES: tl.constexpr, BLOCKS: tl.constexpr, tile_stride
-):
-    """Load BLOCKS consecutive blocks of TILES row tiles: (words, high), (TILES, BLOCKS * 512)."""
-    WORDS: tl.constexpr = 768 if BITS == 3 else (1024 if BITS == 8 else 512)
+def load_words(block_ptr, BITS: tl.constexpr, TILES: tl.constexpr, tile_stride):
+    """One block of TILES row tiles, as `weights` takes it."""
     tile = tl.arange(0, TILES)[:, None] * tile_stride
-    i = tl.arange(0, BLOCKS * 512)[None, :]
-    at = block_ptr + tile + (i // 512) * WORDS + i % 512
-    words = tl.load(at, eviction_policy="evict_first")
     if BITS == 8:
-        high = tl.load(at + 512, eviction_policy="evict_first")
+        i = tl.arange(0, 1024)[None, :]
+        at = block_ptr + tile + (i // 512) * 1024 + i % 512
+        first = tl.load(at, eviction_policy="evict_first").reshape((TILES, 2, 4, 8, 4, 4))
+        second = tl.load(at + 512, eviction_policy="evict_first").reshape((TILES, 2, 4, 8, 4, 4))
+        return first, second, first
     elif BITS == 3:
-        j = tl.arange(0, BLOCKS * 256)[None, :]
-        at = block_ptr + tile + (j // 256) * WORDS + 512 + j % 256
-        high = tl.load(at, eviction_policy="evict_first")
-        high = tl.join(high, high >> 8).reshape((TILES, BLOCKS * 512))  # eight bits per word
+        first = tl.load(
+            block_ptr + tile + tl.arange(0, 512)[None, :], eviction_policy="evict_first"
+        )
+        third = tl.load(
+            block_ptr + tile + 512 + tl.arange(0, 256)[None, :], eviction_policy="evict_first"
+        )
+        first, second = tl.split(first.reshape((TILES, 1, 4, 8, 4, 2, 2)))
+        return first, second, third.reshape((TILES, 1, 4, 8, 4, 2))
     else:
-        high = words
-    return words, high
-
-
-@triton.jit
-def halves(words, TILES: tl.constexpr, W: tl.constexpr):
-    """Split one block's words (TILES, 128 * W) into its left and right columns."""
-    w = words.reshape((TILES, 128, 2, W // 2)).permute((0, 1, 3, 2))
-    left, right = tl.split(w)
-    return left.reshape((TILES, 64 * W)), right.reshape((TILES, 64 * W))
+        SUB: tl.constexpr = BITS // 2
+        i = tl.arange(0, 512 * SUB)[None, :]
+        first = tl.load(block_ptr + tile + i, eviction_policy="evict_first")
+        first = first.reshape((TILES, SUB, 4, 8, 4, 4))
+        return first, first, first
