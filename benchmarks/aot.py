@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -268,7 +269,7 @@ HEADER = (
 
 
 def save(path: Path, rows: dict[str, dict]) -> None:
-    """Merge rows into the report; after every architecture, so that a stopped run keeps some."""
+    """Merge rows into the report; after every one, so that a stopped run keeps them."""
     report = json.loads(path.read_text()) if path.is_file() else {}
     version = f"triton {triton.__version__}"
     report[version] = report.get(version, {}) | rows
@@ -286,29 +287,28 @@ def main() -> int:
     parser.add_argument("--only", default="", help="substring of a configuration's name")
     parser.add_argument("--out", type=Path, help="JSON report; other rows in it are kept")
     arguments = parser.parse_args()
-    rows, bad = {}, 0
+    bad = 0
     print(f"triton {triton.__version__}; i/w = instructions per weight and thread in the main loop")
     print(HEADER)
     for arch in arguments.arch:
-        for config in [*small(arch), *variants(arch)]:
-            if arguments.only not in config.name():
-                continue
-            row = facts(config, arch)
-            wrong = complaints(config, row)
-            bad += bool(wrong)
-            rows[f"sm_{arch} {config.name()}"] = row | {"complaints": wrong}
-            print(line(config.name(), row, wrong), flush=True)
-        for bits, group in itertools.product((4, 8, 3, 2), (128, 64, 32, -1)):
-            config = Config(bits, group, symmetric=False)
-            name = f"dequantize w{bits} g{group} asym bf16"
-            if arguments.only in name:
-                row = dequantize_facts(config, arch)
-                bad += bool(row["complaints"])
-                rows[f"sm_{arch} {name}"] = row
-                print(line(name, row, row["complaints"]), flush=True)
-        if arguments.out:
-            save(arguments.out, rows)
+        for name, row in compiled(arch, arguments.only):
+            bad += bool(row["complaints"])
+            print(line(name, row, row["complaints"]), flush=True)
+            if arguments.out:
+                save(arguments.out, {f"sm_{arch} {name}": row})
     return int(bad > 0)
+
+
+def compiled(arch: int, only: str) -> Iterator[tuple[str, dict]]:
+    """Every configuration for one architecture whose name holds `only`: (name, facts)."""
+    for config in [*small(arch), *variants(arch)]:
+        if only in config.name():
+            row = facts(config, arch)
+            yield config.name(), row | {"complaints": complaints(config, row)}
+    for bits, group in itertools.product((4, 8, 3, 2), (128, 64, 32, -1)):
+        name = f"dequantize w{bits} g{group} asym bf16"
+        if only in name:
+            yield name, dequantize_facts(Config(bits, group, symmetric=False), arch)
 
 
 if __name__ == "__main__":

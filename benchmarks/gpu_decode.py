@@ -9,10 +9,11 @@ decode    a model of the shape of Llama-3.1-8B with random weights, made on the 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import torch
-from gpu_checks import FAILURES, ours
+from gpu_checks import failures, ours
 from torch import nn
 
 LLAMA_8B: dict[str, Any] = {
@@ -68,7 +69,7 @@ def chain(report, device, gpu, size: int, rows, *, dry: bool = False) -> None:
             row = {"name": name, "N": size, "K": size, "M": M, "layers": len(layers)}
             try:
                 us = microseconds([through], device=device) / len(layers)
-            except FAILURES as error:
+            except failures() as error:
                 report.add("chain", **row, error=str(error)[:200])
                 continue
             report.add("chain", **row, us_per_layer=us)
@@ -116,29 +117,34 @@ def random_model(sizes: dict[str, Any], device: torch.device, bits: int | None, 
 
 
 def decoding(report, device, roof: float, batches, *, dry: bool = False) -> None:
-    """Tokens per second of the whole model, packed and in bf16; the last rows of the script."""
+    """Tokens per second of the whole model, packed and in bf16."""
+    sizes = TINY if dry else LLAMA_8B
+    models: dict[str, Any] = {}
+    modes: list[Any] = ["eager"] if dry else ["graph", "compiled graph"]
+    for mode, name in itertools.product(modes, ("packed", "dense")):
+        head = {"name": name, "shape": "tiny" if dry else "Llama-3.1-8B", "mode": mode}
+        try:
+            if name not in models:
+                bits = 4 if name == "packed" else None
+                models[name] = random_model(sizes, device, bits, 32 if dry else 128)
+        except failures() as error:
+            report.add("decode", **head, error=str(error)[:300])
+            continue
+        for batch in batches:
+            if report.left() < (70 if mode == "compiled graph" else 5):
+                report.add("stopped", **head, batch=batch, why="out of time")
+            else:
+                _decode_row(report, models[name], head, batch, roof, dry)
+
+
+def _decode_row(report, model, head: dict[str, Any], batch: int, roof: float, dry: bool) -> None:
     from llmq.bench import measure
 
-    sizes = TINY if dry else LLAMA_8B
-    modes: list[Any] = ["eager"] if dry else ["graph", "compiled graph"]
     prompt, tokens = (8, 4) if dry else (128, 128)
-    for name, bits in (("packed", 4), ("dense", None)):
-        try:
-            model = random_model(sizes, device, bits, 32 if dry else 128)
-        except FAILURES as error:
-            report.add("decode", name=name, error=str(error)[:200])
-            continue
-        for mode in modes:
-            for batch in batches:
-                if report.left() < (90 if mode.startswith("compiled") else 20):
-                    report.add("stopped", name=name, mode=mode, batch=batch, why="out of time")
-                    continue
-                values: dict[str, Any] = {"mode": mode, "batch": batch}
-                try:
-                    row = measure(model, name, batch, prompt, tokens, 3, mode, 1e9 * roof)
-                    values = dataclasses.asdict(row)
-                    values.pop("model")
-                except FAILURES as error:
-                    values["error"] = str(error)[:300]
-                report.add("decode", name=name, shape="tiny" if dry else "Llama-3.1-8B", **values)
-        del model
+    try:
+        row = measure(model, head["name"], batch, prompt, tokens, 3, head["mode"], 1e9 * roof)
+        values = dataclasses.asdict(row)
+        values.pop("model")
+    except failures() as error:
+        values = {"batch": batch, "error": str(error)[:300]}
+    report.add("decode", **head | values)

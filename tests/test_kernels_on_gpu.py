@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 SCRIPT = Path(__file__).parents[1] / "benchmarks/on_gpu.py"
@@ -37,6 +41,93 @@ def test_dry_run_checks_and_measures(tmp_path: Path) -> None:
     (page,) = run("kernels.py", out)
     assert "64 x 128" in page
     assert "no result" not in page
+
+
+@pytest.fixture(scope="module")
+def on_gpu() -> Any:
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("on_gpu", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["on_gpu"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+SECTION = """
+import json, os, pathlib, sys, time
+out, kind = pathlib.Path(sys.argv[1]), sys.argv[2]
+found = json.loads(out.read_text()) if out.is_file() else {"environment": {}, "rows": []}
+found["rows"].append({"kind": "check", "of": kind, "share": sys.argv[3], "ok": kind != "wrong"})
+out.write_text(json.dumps(found))
+print("a reason", file=sys.stderr, flush=True)
+if kind == "crash":
+    os.abort()
+time.sleep(60 if kind == "hang" else 0)
+"""
+
+
+def test_a_section_costs_only_its_own_rows(tmp_path: Path, on_gpu) -> None:
+    def command(name: str, seconds: float, out: Path, share: str) -> list[str]:
+        return [sys.executable, "-c", SECTION, str(out), name, share]
+
+    report = on_gpu.Report(tmp_path / "gpu.json", 60, {"gpu": "none"})
+    report.add("check", of="before", ok=True)
+    for name, processes in (("crash", 1), ("hang", 1), ("fine", 1), ("wrong", 3), ("crash", 2)):
+        section = on_gpu.Section(lambda *_: None, 1, processes)
+        on_gpu.in_processes(report, name, section, command, grace=1)
+    report.end = 0.0
+    on_gpu.in_processes(report, "late", on_gpu.Section(lambda *_: None, 1), command)
+    written = json.loads((tmp_path / "gpu.json").read_text())
+    assert written["environment"] == {"gpu": "none"}
+    checks = [(r["of"], r.get("share")) for r in written["rows"] if r["kind"] == "check"]
+    assert checks == [
+        ("before", None), ("crash", "0/1"), ("hang", "0/1"), ("fine", "0/1"),
+        *(("wrong", f"{i}/3") for i in range(3)), *(("crash", f"{i}/2") for i in range(2)),
+    ]  # fmt: skip
+    errors = [(r["name"], r["error"]) for r in written["rows"] if "error" in r]
+    assert errors == [
+        ("crash", "ended with status -6"), ("hang", "was stopped: it took too long"),
+        *[("crash", "ended with status -6")] * 2, ("late", "no time was left for it"),
+    ]  # fmt: skip
+    assert all("a reason" in r["tail"] for r in written["rows"] if "tail" in r)
+    assert report.failed() == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["gpu.json"]
+
+
+def test_sections_fit_into_one_call(on_gpu) -> None:
+    """Ten minutes: the first ones are what the aims are about."""
+    script = on_gpu.command("times", 30.4, Path("x.json"), "0/1")
+    assert script[1:] == [
+        str(SCRIPT), "--section", "times", "--seconds", "30", "--out", "x.json", "--share", "0/1",
+    ]  # fmt: skip
+    names = list(on_gpu.SECTIONS)
+    assert names[:4] == ["first", "times", "decode", "chains"]
+    assert sum(on_gpu.SECTIONS[name].seconds for name in names[:4]) < 9 * 60
+
+
+def test_a_row_that_fails_is_a_row(tmp_path: Path, on_gpu, monkeypatch) -> None:
+    from llmq_kernels import plan
+
+    gpu_checks, gpu_times = map(importlib.import_module, ("gpu_checks", "gpu_times"))
+
+    def broken(*args, **options):
+        raise RuntimeError("made up")
+
+    monkeypatch.setattr(gpu_checks, "ours", broken)
+    monkeypatch.setattr(gpu_times, "ours", broken)
+    monkeypatch.setattr(gpu_checks, "_experts", broken)
+    monkeypatch.setattr("llmq_kernels.launch.dequantize", lambda *_: None)
+    report = on_gpu.Report(tmp_path / "gpu.json", 60, {})
+    device, gpu = torch.device("cpu"), plan.Gpu("none", (9, 0), 4)
+    gpu_checks.checks(report, device, gpu, gpu_checks.all_formats(True), [(64, 128)], (1,))
+    gpu_checks.operator_checks(report, device)
+    gpu_times.times(report, device, gpu, [(64, 128)], (1, 2), 1.0)
+    failed = [(r["kind"], r.get("ok")) for r in report.rows if "made up" in r.get("error", "")]
+    assert failed == [("check", False)] * 2 + [("operator", False)] + [("time", None)] * 2
+    assert sum(row.get("ok") is True for row in report.rows) == 3  # the other operators
+    assert [r["name"] for r in report.rows if "us" in r] == ["dense", "dense"]
 
 
 def run(script: str, *arguments: Path) -> list[str]:
