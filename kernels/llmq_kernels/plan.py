@@ -90,6 +90,8 @@ def closed_form(gpu: Gpu, bits: int, group_size: int, N: int, K: int, M: int) ->
     split = max(1, min(split, 16, K // 512))
     long = bits == 3 and group_size in (32, 64) and gpu.capability[0] == 9
     unroll = next(u for u in (4 if long else 2, 2, 1) if steps % u == 0)
+    if group_size == -1 and not hopper:
+        unroll = 1  # registers run out
     step_bytes = UNIT * (64 * wide * bits // 8 + 2 * block_m)
     shared = shared_bytes(gpu.capability)
     if block_m == 128 or (block_m == 64 and not hopper) or 2 * unroll * step_bytes > shared:
