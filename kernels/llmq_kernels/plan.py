@@ -79,8 +79,11 @@ def closed_form(gpu: Gpu, bits: int, group_size: int, N: int, K: int, M: int) ->
     # codes take long to unpack, or where there are rows enough for every processor. With 3 bits
     # the compiler would move operands through shared memory: a longer trip instead.
     pairs = tiles % 2 == 0 and bits != 3
-    worth = group_size in (32, 64) or bits == 8 or tiles >= 3 * gpu.processors
-    many = pairs and worth and (bits >= 4 or gpu.capability[0] == 9)
+    worth = group_size in (32, 64) or tiles >= 3 * gpu.processors
+    if gpu.capability[0] == 9:
+        many = pairs and (worth or bits == 8)
+    else:
+        many = pairs and worth and bits >= 4
     wide = 2 if (many and block_m == 16) or (pairs and hopper and block_m >= 64) else 1
     steps = -(-K // UNIT)
     if M <= 64:
