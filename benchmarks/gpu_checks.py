@@ -47,12 +47,12 @@ def checks(report, device, gpu, formats, shapes, rows) -> None:
             row = {"bits": bits, "group": group, "symmetric": symmetric, "N": N, "K": K}
             row["dtype"] = str(dtype).removeprefix("torch.")
             try:
-                report.add("check", **row, **_check(device, gpu, *format_, N, K, rows))
+                report.add("check", **row, **_check(device, gpu, format_, N, K, rows))
             except failures() as error:
                 report.add("check", **row, ok=False, error=str(error)[-500:])
 
 
-def _check(device, gpu, bits, group, symmetric, dtype, N, K, rows) -> dict:
+def _check(device, gpu, format_: tuple, N: int, K: int, rows) -> dict:
     """One format and shape.
 
     `batch_invariant`: whether the first row has the same bits for every number of rows up to 64.
@@ -61,6 +61,7 @@ def _check(device, gpu, bits, group, symmetric, dtype, N, K, rows) -> dict:
 
     from llmq_kernels import launch, reference, tune
 
+    bits, group, symmetric, dtype = format_
     weight = tune.random_weight(N, K, bits, group, symmetric, device)
     x = torch.randn(max(rows), K, device=device).to(dtype)
     matrix = launch.dequantize(weight, torch.float32)

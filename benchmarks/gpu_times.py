@@ -142,7 +142,9 @@ def _rows(
         report.add("time", **row)
 
 
-def search(report, device: torch.device, gpu, shapes, rows: Sequence[int]) -> None:
+def search(
+    report, device: torch.device, gpu, shapes: Sequence[tuple[int, int]], rows: Sequence[int]
+) -> None:
     """A short search over launches: what a tuned table would gain over the closed form."""
     todo = list(itertools.product(shapes, rows))
     for i, ((N, K), M) in enumerate(todo):

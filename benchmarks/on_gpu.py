@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "kernels"), str(ROOT)]
@@ -80,8 +80,8 @@ def _short(value: object) -> str:
 class Machine:
     """What sections run on."""
 
-    device: object
-    gpu: object
+    device: Any
+    gpu: Any
     dry: bool
     share: tuple[int, int] = (0, 1)  # this process's number, and how many share the section
 
@@ -293,14 +293,14 @@ def main() -> int:
         return 1
     number, count = map(int, options.share.split("/"))
     on = machine(options.dry_run, (number, count))
-    name = on.gpu.name.replace(" ", "_")  # type: ignore[attr-defined]
+    name = on.gpu.name.replace(" ", "_")
     out = options.out or ROOT / f"benchmarks/results/gpu_{name}.json"
     if options.section:
         run = one if options.section == "one" else SECTIONS[options.section].run
         report = Report(out, options.seconds)
         run(report, on)
         return 0
-    head = environment() | {"gpu": on.gpu._asdict()}  # type: ignore[attr-defined]
+    head = environment() | {"gpu": on.gpu._asdict()}
     report = Report(out, 60 * options.minutes, head)
     for name, section in SECTIONS.items():
         if options.dry_run:

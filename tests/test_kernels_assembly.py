@@ -77,7 +77,8 @@ def run_ptx(text: str, inputs: dict[str, Tensor]) -> list[Tensor]:
         elif name in ("fma.rn.bf16x2", "fma.rn.f16x2"):
             assert all(o in registers for o in others), line  # PTX takes no numbers here
             dtype = torch.bfloat16 if "bf16" in name else torch.float16
-            registers[first] = fma(*map(value, others), dtype)
+            a, b, c = map(value, others)
+            registers[first] = fma(a, b, c, dtype)
         else:
             assert name == "mov.b32", line
             word = value(others[-1])

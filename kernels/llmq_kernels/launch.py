@@ -76,12 +76,17 @@ def linear(
         EVEN_K=K % UNIT == 0,
         PDL=pdl,
         TOP_K=0 if routing is None else routing.top_k,
-        num_warps=plan.warps,
-        num_stages=plan.stages,
-        **({} if plan.maxnreg is None else {"maxnreg": plan.maxnreg}),
-        **({"launch_pdl": True} if pdl else {}),
+        **_options(plan, pdl),
     )  # fmt: skip
     return y
+
+
+def _options(plan: Plan, pdl: bool) -> dict[str, Any]:
+    """What the compiler and the driver are told about a launch."""
+    options: dict[str, Any] = {"num_warps": plan.warps, "num_stages": plan.stages}
+    if plan.maxnreg is not None:
+        options["maxnreg"] = plan.maxnreg
+    return options | {"launch_pdl": True} if pdl else options
 
 
 def _format(weight: PackedWeight) -> dict[str, Any]:
@@ -107,7 +112,7 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype, out: Tensor | None = No
     row_tiles, blocks = weight.qweight.shape[-3:-1]
     zero = weight.scale if weight.zero is None else weight.zero
     dequantize_kernel[(row_tiles, blocks)](
-        weight.qweight, weight.scale, zero, y, N, K, blocks, **_format(weight), num_warps=4
+        weight.qweight, weight.scale, zero, y, N, K, blocks, **(_format(weight) | {"num_warps": 4})
     )
     return y
 
