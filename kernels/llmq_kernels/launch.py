@@ -64,19 +64,20 @@ def linear(
     unused = weight.counters
     zero = weight.scale if weight.zero is None else weight.zero
     pairs, experts = (unused, unused) if routing is None else (routing.pairs, routing.experts)
+    constants: dict[str, Any] = {
+        "BIAS": bias is not None,
+        "TILES": tiles,
+        "BLOCK_M": plan.block_m,
+        "UNROLL": unroll,
+        "SPLIT": split > 1,
+        "EVEN_K": K % UNIT == 0,
+        "PDL": pdl,
+        "TOP_K": 0 if routing is None else routing.top_k,
+    }
     linear_kernel[(n_blocks, split, m_blocks)](
         x, weight.qweight, weight.scale, zero, x if bias is None else bias, y, partial,
         weight.counters, pairs, experts, M, N, K, blocks, blocks // unroll, x.stride(0),
-        **_format(weight),
-        BIAS=bias is not None,
-        TILES=tiles,
-        BLOCK_M=plan.block_m,
-        UNROLL=unroll,
-        SPLIT=split > 1,
-        EVEN_K=K % UNIT == 0,
-        PDL=pdl,
-        TOP_K=0 if routing is None else routing.top_k,
-        **_options(plan, pdl),
+        **_format(weight), **constants, **_options(plan, pdl),
     )  # fmt: skip
     return y
 
@@ -111,8 +112,9 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype, out: Tensor | None = No
     y = weight.scale.new_empty(N, K, dtype=dtype) if out is None else out
     row_tiles, blocks = weight.qweight.shape[-3:-1]
     zero = weight.scale if weight.zero is None else weight.zero
+    options: dict[str, Any] = {**_format(weight), "num_warps": 4}
     dequantize_kernel[(row_tiles, blocks)](
-        weight.qweight, weight.scale, zero, y, N, K, blocks, **(_format(weight) | {"num_warps": 4})
+        weight.qweight, weight.scale, zero, y, N, K, blocks, **options
     )
     return y
 
