@@ -86,10 +86,9 @@ def test_held_out_batches_gain(name, scheme):
 
 
 def test_the_start_is_kept_if_nothing_is_better():
-    block, solved, *rest = case("llama", torch.bfloat16, QuantScheme(4, 32))
-    tuned = tune_block(
-        block, solved, *rest, BlockTuning(steps=4, rate=2.0, scale_rate=3.0, every=1)
-    )
+    block, solved, hidden, calls, wanted = case("llama", torch.bfloat16, QuantScheme(4, 32))
+    how = BlockTuning(steps=4, rate=2.0, scale_rate=3.0, every=1)
+    tuned = tune_block(block, solved, hidden, calls, wanted, how)
     for name, results in solved.items():
         for new, old in zip(tuned[name], results, strict=True):
             assert torch.equal(new.codes, old.codes)
