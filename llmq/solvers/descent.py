@@ -34,7 +34,7 @@ class Polished:
         sweeps: passes over all columns at most; the last ones gain little.
     """
 
-    start: Solver = GPTQ()
+    start: Solver = GPTQ(trials=8)
     sweeps: int = 5
 
     def solve(self, W: Tensor, H: Tensor, scheme: QuantScheme) -> QuantizedWeight:

@@ -23,6 +23,7 @@ from torch import Tensor
 from llmq.moments import ROWS, cholesky, invert_lower
 from llmq.scheme import QuantizedWeight, QuantScheme, grouped, minmax_grid
 from llmq.solvers.grid import by_column, search_grid
+from llmq.solvers.trials import tried_grid
 
 Order = Literal["group", "static", "none"]
 BLOCK = 128  # columns between two updates of everything to the right, where groups do not decide
@@ -39,11 +40,14 @@ class GPTQ:
             group; "static" sorts all columns, with grids chosen beforehand from the original
             weights; "none" goes from left to right. None of them needs `g_idx` at run time.
         search: choose grids by weighted error; else the grid that just covers the group.
+        trials: how many of the best grids of that search are tried, see `trials`; 0 takes the
+            best one. Not in groups of more than 128 columns, nor with `order="static"`.
     """
 
     damp: float = 0.01
     order: Order = "group"
     search: bool = True
+    trials: int = 0
 
     def solve(self, W: Tensor, H: Tensor, scheme: QuantScheme) -> QuantizedWeight:
         """See `solvers.Solver.solve`."""
@@ -51,8 +55,9 @@ class GPTQ:
         H = alive(H)
         order = column_order(H.diagonal(), width, self.order)
         U = inverse_factor(H, self.damp, order)
-        run = _Run(W, U, order, width, scheme, self.search, dynamic=self.order != "static")
-        return run.solve()
+        trials = self.trials if self.search and width <= BLOCK else 0
+        dynamic = self.order != "static"
+        return _Run(W, U, order, width, scheme, self.search, dynamic, trials).solve()
 
 
 def alive(H: Tensor) -> Tensor:
@@ -111,8 +116,10 @@ class _Run:
         scheme: QuantScheme,
         search: bool,
         dynamic: bool,
+        trials: int,
     ):
         self.dtype, self.scheme, self.search, self.dynamic = W.dtype, scheme, search, dynamic
+        self.trials = trials
         self.order, self.width, self.U = order, width, U
         self.columns = W.T[order].float()  # (K, N)
         self.column_weights = U.diagonal().double().pow(-2).float()  # (K,)
@@ -152,10 +159,14 @@ class _Run:
 
     def choose_grid(self, start: int) -> None:
         """Grid of the group that begins at column `start`, from its weights as they are now."""
-        stop = start + self.width
-        groups = self.columns[start:stop].T.contiguous()  # (N, G)
-        g = self.group[start]
-        self.scale[g], self.zero[g] = self.grid(groups, self.column_weights[start:stop])
+        own, g = slice(start, start + self.width), self.group[start]
+        columns = self.columns[own]  # (G, N)
+        if self.trials:
+            U = self.U[own, own].contiguous()
+            found = tried_grid(columns, U, self.scheme, self.dtype, self.trials)
+        else:
+            found = self.grid(columns.T.contiguous(), self.column_weights[own])
+        self.scale[g], self.zero[g] = found
 
     def round_block(self, start: int, stop: int, group_of: list[int]) -> Tensor:
         """Round columns start..stop; returns their scaled errors (stop - start, N)."""

@@ -52,6 +52,38 @@ def search_grid(
     Returns:
         scale and zero, float32 (...), scale rounded to `dtype`.
     """
+    scales, zeros, errors = _ranked(groups, scheme, dtype, apply, 1)
+    scale, zero, error = scales[0], zeros[0], errors[0]
+    for _ in range(REFITS):
+        trial = _refitted(groups, scale, zero, scheme, dtype, apply)
+        trial_error = _error(groups, trial, zero, scheme, apply)
+        better = trial_error < error
+        scale = torch.where(better, trial, scale)
+        error = torch.where(better, trial_error, error)
+    return scale, zero
+
+
+def shortlist(
+    groups: Tensor, scheme: QuantScheme, dtype: torch.dtype, apply: Apply, count: int
+) -> tuple[Tensor, Tensor]:
+    """The `count` best candidates of `search_grid`, then the same with their scales refitted.
+
+    Args: see `search_grid`.
+
+    Returns:
+        scales and zeros, float32 (2 * count, ...), scales rounded to `dtype`.
+    """
+    scales, zeros, _ = _ranked(groups, scheme, dtype, apply, count)
+    refitted = scales
+    for _ in range(REFITS):
+        refitted = _refitted(groups, refitted, zeros, scheme, dtype, apply)
+    return torch.cat([scales, refitted]), torch.cat([zeros, zeros])
+
+
+def _ranked(
+    groups: Tensor, scheme: QuantScheme, dtype: torch.dtype, apply: Apply, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scales, zeros and errors (count, ...) of the best candidates, best first."""
     scales, zeros = _candidates(groups, scheme, dtype)  # (C, ...)
     step = max(1, AT_ONCE // groups.numel())
     errors = torch.cat(
@@ -60,16 +92,8 @@ def search_grid(
             for i in range(0, len(scales), step)
         ]
     )
-    best = errors.argmin(0, keepdim=True)
-    scale, zero, error = (t.gather(0, best)[0] for t in (scales, zeros, errors))
-    for _ in range(REFITS):
-        refit = _least_squares_scale(groups, scale, zero, scheme, apply)
-        trial = stored(torch.where(refit > 0, refit, scale), dtype, scheme.qmax)
-        trial_error = _error(groups, trial, zero, scheme, apply)
-        better = trial_error < error
-        scale = torch.where(better, trial, scale)
-        error = torch.where(better, trial_error, error)
-    return scale, zero
+    best = errors.argsort(dim=0, stable=True)[:count]
+    return scales.gather(0, best), zeros.gather(0, best), errors.gather(0, best)
 
 
 def _candidates(groups: Tensor, scheme: QuantScheme, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -110,9 +134,16 @@ def _steps(
     return exact.sub_(codes), codes
 
 
-def _least_squares_scale(
-    groups: Tensor, scale: Tensor, zero: Tensor, scheme: QuantScheme, apply: Apply
+def _refitted(
+    groups: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    scheme: QuantScheme,
+    dtype: torch.dtype,
+    apply: Apply,
 ) -> Tensor:
+    """The least-squares scale (...) for the codes that `scale` and `zero` (...) give."""
     _, codes = _steps(groups, scale, zero, scheme)
     weighted = apply(codes)
-    return (weighted * groups).sum(-1) / (weighted * codes).sum(-1)
+    best = (weighted * groups).sum(-1) / (weighted * codes).sum(-1)
+    return stored(torch.where(best > 0, best, scale), dtype, scheme.qmax)
