@@ -69,6 +69,7 @@ def quantize(
     samples: int = 128,
     seq_len: int | None = None,
     lm_head: bool = False,
+    embeddings: int | None = None,
     skip: Sequence[str] = (),
     device: str = "auto",
     seed: int = 0,
@@ -95,7 +96,10 @@ def quantize(
             public-domain text that comes with llmq.
         samples: windows of calibration text.
         seq_len: tokens per window (default: 512, or the model's context if that is shorter).
-        lm_head: quantize the output layer too; the embeddings stay as they are.
+        lm_head: quantize the output layer too. Where it shares the embeddings' weight, it gets its
+            own.
+        embeddings: 8 = round the input embeddings to nearest, one byte per weight; None = they
+            stay as they are. Engines other than transformers do not read them.
         skip: patterns of linears to leave in full precision: a module name or the end of one,
             with shell wildcards ("down_proj", "model.layers.0.*").
         device: where blocks are calibrated and solved; "auto" = the GPU if there is one.
@@ -121,7 +125,9 @@ def quantize(
     method, recipe = chosen(method, quality)
     mixed = mixed or target_size is not None
     scheme = QuantScheme(uniform_width(bits, mixed), group_size, symmetric)
-    recipe = dataclasses.replace(recipe, scheme=scheme, skip=tuple(skip), lm_head=lm_head)
+    recipe = dataclasses.replace(
+        recipe, scheme=scheme, skip=tuple(skip), lm_head=lm_head, embeddings=embeddings
+    )
     where = pick_device(device)
     ranks.join(where)
     with workplace(out, fresh) if ranks.number() == 0 else nullcontext(Workplace(out)) as work:
@@ -171,6 +177,7 @@ def quantize(
             "group_size": group_size,
             "symmetric": symmetric,
             "lm_head": lm_head,
+            "embeddings": embeddings,
             "skip": list(skip),
             "calibration": text.told,
             "seconds": time.perf_counter() - start,
@@ -195,6 +202,7 @@ def plan(
     samples: int = 128,
     seq_len: int | None = None,
     lm_head: bool = False,
+    embeddings: int | None = None,
     skip: Sequence[str] = (),
     tensor_parallel: Sequence[int] = (1,),
     activations: str = "memory",
@@ -205,8 +213,9 @@ def plan(
 
     Args:
         src: folder or Hub name of a full-precision causal language model.
-        quality, method, bits, mixed, group_size, symmetric, samples, seq_len, lm_head, skip,
-            activations, device: as for `quantize`. The size at an average of bits is an estimate.
+        quality, method, bits, mixed, group_size, symmetric, samples, seq_len, lm_head, embeddings,
+            skip, activations, device: as for `quantize`. The size at an average of bits is an
+            estimate.
         tensor_parallel: numbers of GPUs that shall share the result.
         out: where it shall be written; its disk is asked for room.
 
@@ -215,7 +224,9 @@ def plan(
     """
     method, recipe = chosen(method, quality)
     scheme = QuantScheme(uniform_width(bits, mixed), group_size, symmetric)
-    recipe = dataclasses.replace(recipe, scheme=scheme, skip=tuple(skip), lm_head=lm_head)
+    recipe = dataclasses.replace(
+        recipe, scheme=scheme, skip=tuple(skip), lm_head=lm_head, embeddings=embeddings
+    )
     where = pick_device(device)
     name = check_path(src)
     config = full_precision(open_config(name), name)

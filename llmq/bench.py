@@ -24,7 +24,13 @@ from transformers import Cache, PreTrainedModel
 from llmq.decode import Decoder, Mode, cache_bytes
 from llmq.errors import SourceError
 from llmq.fuse import Part, fuse_shared_inputs, head_scheme, pack_head
-from llmq.nn import PackedExperts, PackedLinear, is_stacked_experts, packed_modules
+from llmq.nn import (
+    PackedEmbedding,
+    PackedExperts,
+    PackedLinear,
+    is_stacked_experts,
+    packed_modules,
+)
 from llmq.progress import progress_bar
 from llmq.source import check_path, context_length, open_model, pick_device
 
@@ -233,8 +239,8 @@ def bytes_per_step(model: PreTrainedModel, cache: Cache, batch: int) -> int:
     for module in model.modules():
         own = list(module.parameters(recurse=False))
         taken = sum(p.nbytes for p in own)
-        if isinstance(module, nn.Embedding):
-            taken = min(taken, batch * own[0].shape[1] * own[0].element_size())
+        if isinstance(module, nn.Embedding | PackedEmbedding):
+            taken = sum(min(p.nbytes, batch * p[0].nbytes) for p in own)
         elif isinstance(module, PackedExperts) or is_stacked_experts(module):
             count = own[0].shape[0]
             chosen = batch * getattr(config, "num_experts_per_tok", count)

@@ -307,14 +307,15 @@ def logits_behind(
     model: nn.Module, blocks: nn.ModuleList, ids: Tensor, hidden: Tensor, returns_tuple: bool
 ) -> Tensor:
     """The model's logits (B, T, V) for `ids` (B, T) if the last block returned `hidden`."""
-    embeddings = model.get_input_embeddings().weight  # type: ignore[operator]
-    states = hidden.to(embeddings.device, embeddings.dtype)
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    like = next(p for p in embeddings.parameters() if p.is_floating_point())
+    states = hidden.to(like.device, like.dtype)
 
     def resume(_: Tensor) -> Any:
         return (states, None) if returns_tuple else states
 
     with replaced(blocks, [_StandIn(block, [], resume) for block in blocks]):
-        return model(input_ids=ids.to(embeddings.device), use_cache=False).logits
+        return model(input_ids=ids.to(like.device), use_cache=False).logits
 
 
 def _cast(value: Any, device: torch.device, dtype: torch.dtype) -> Any:

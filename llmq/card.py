@@ -111,12 +111,17 @@ def _introduction(report: Mapping[str, Any], base: str | None) -> str:
 
 
 def _format(report: Mapping[str, Any]) -> str:
-    layers = report.get("layers", [])
-    widths = sorted({layer["bits"] for layer in layers if "bits" in layer})
+    widths = sorted({layer["bits"] for layer in _matrices(report) if "bits" in layer})
     bits = " and ".join(map(str, widths)) if len(widths) > 1 else str(report["bits"])
     group = report["group_size"]
     groups = "one group per row" if group == -1 else f"groups of {group}"
     return f"{bits} bits in {groups}, {'symmetric' if report['symmetric'] else 'with zero points'}"
+
+
+def _matrices(report: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """Entries of all layers but the embeddings, which are the last if they are quantized."""
+    layers = report.get("layers", [])
+    return layers[:-1] if report.get("embeddings") else layers
 
 
 def _losses(measured: Sequence[Mapping[str, Any]]) -> str:
@@ -160,8 +165,12 @@ def _recipe(report: Mapping[str, Any]) -> str:
         f"It took {report['seconds']:.0f} s; peak memory {memory:.2f} GB."
     )
     skipped = ", ".join(f"`{pattern}`" for pattern in report.get("skip", []))
+    rounded = report.get("embeddings")
+    if rounded:
+        lines.append(f"The input embeddings are rounded to nearest at {rounded} bits.")
     if skipped:
-        lines.append(f"Left in full precision: {skipped}, embeddings and norms.")
+        embeddings = "" if rounded else ", embeddings"
+        lines.append(f"Left in full precision: {skipped}{embeddings} and norms.")
     return "\n\n".join(lines)
 
 
@@ -190,13 +199,15 @@ def _loading(repo: str, report: Mapping[str, Any]) -> str:
         f"vLLM reads this format (compressed-tensors, `pack-quantized`): `vllm serve {repo}`. "
         "This checkpoint has not been run there by the program that wrote this card."
     )
+    if report.get("embeddings"):
+        served = "vLLM does not read quantized embeddings in the layout that transformers reads."
     more = "`quantization_report.json` has every number of the run."
     return "\n\n".join([packed, stock, served, _llama_cpp(repo, report), more])
 
 
 def _llama_cpp(repo: str, report: Mapping[str, Any]) -> str:
     """How llama.cpp runs it, if llmq can write it as GGUF."""
-    widths = {report["bits"], *(layer.get("bits") for layer in report.get("layers", []))}
+    widths = {report["bits"], *(layer.get("bits") for layer in _matrices(report))}
     if report.get("model_type") not in ARCHITECTURES:
         return f"llama.cpp: llmq writes GGUF for {', '.join(ARCHITECTURES)} only."
     if 8 in widths and not report["symmetric"]:

@@ -90,6 +90,10 @@ def quantize(
     lm_head: Annotated[
         bool, typer.Option("--lm-head/--no-lm-head", help="Quantize the output layer too.")
     ] = False,
+    embeddings: Annotated[
+        int | None,
+        typer.Option(metavar="BITS", help="8: round the input embeddings too; not for vLLM."),
+    ] = None,
     skip: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Layers to leave as they are; repeatable."),
@@ -141,6 +145,7 @@ def quantize(
         samples=samples,
         seq_len=seq_len,
         lm_head=lm_head,
+        embeddings=embeddings,
         skip=skip or (),
         device=device,
         seed=seed,

@@ -45,6 +45,7 @@ def plan(
         int | None, typer.Option(help="Tokens per window. (default: 512, or the model's limit)")
     ] = None,
     lm_head: Annotated[bool, typer.Option("--lm-head/--no-lm-head")] = False,
+    embeddings: Annotated[int | None, typer.Option(metavar="BITS")] = None,
     skip: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Layers to leave as they are; repeatable."),
@@ -77,6 +78,7 @@ def plan(
         activations=activations.value,
         device=device,
         lm_head=lm_head,
+        embeddings=embeddings,
         skip=skip or (),
         tensor_parallel=numbers("--tensor-parallel", tensor_parallel),
         out=out,

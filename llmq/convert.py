@@ -73,6 +73,12 @@ class Opened:
         """One matrix."""
         return self.layout.read(name, self.tensors, self.schemes[name])
 
+    @property
+    def embeddings(self) -> dict[str, QuantScheme]:
+        """Input embeddings with one byte per weight -> scheme."""
+        stored = self.layout.config.embeddings
+        return {name: s for name, s in stored.items() if f"{name}.weight" in self.tensors}
+
     def dense(self) -> list[str]:
         """Keys of everything that is not packed."""
         packed = {f"{n}.{suffix}" for n in self.schemes for suffix in self.layout.suffixes}
@@ -204,6 +210,8 @@ def _symmetric(opened: Opened) -> bool:
 
 def _reason(opened: Opened, target: str) -> str | None:
     """Why `target` cannot hold this checkpoint; None if it can."""
+    if target != compressed_tensors.METHOD and opened.embeddings:
+        return f"{next(iter(opened.embeddings))}: it has no quantized embeddings"
     for name, scheme in opened.schemes.items():
         N, K = opened.layout.shape(name, opened.tensors, scheme)
         reason = None

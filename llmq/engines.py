@@ -55,6 +55,9 @@ def engines(
         sglang = Engine("SGLang", False, f"{text}: it reads 4 and 8 bits only")
     elif experts and not symmetric:
         sglang = Engine("SGLang", None, "mixtures with zero points: doubtful; use --symmetric")
+    if recipe.embeddings:  # it wants them in the packed layout, which transformers cannot load
+        why = "it does not read quantized embeddings in the layout that transformers reads"
+        vllm, sglang = Engine("vLLM", False, why), Engine("SGLang", False, why)
     return [
         Engine("llmq (transformers with llmq)", True, "weights stay packed"),
         stock,

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from llmq.convert import Conversion, Opened, open_checkpoint
 from llmq.errors import OutputError, SchemeError
-from llmq.formats import gguf as layout
+from llmq.formats import bytewise, gguf as layout
 from llmq.formats.columns import lossy_scales
+from llmq.formats.compressed_tensors import SUFFIXES
 from llmq.gguf_metadata import (
     ARCHITECTURES,
     add_model,
@@ -184,7 +185,9 @@ def _entries(
         return found
 
     def dense(key: str, kind: str, order: Tensor | None) -> np.ndarray:
-        tensor = opened.tensors[key]
+        tensor, name = opened.tensors[key], key.removesuffix(".weight")
+        if scheme := opened.embeddings.get(name):
+            tensor = bytewise.read(name, opened.tensors, scheme).dequantize()
         tensor = tensor if order is None else tensor[order]
         if kind == "Q6_K" or kind == "Q8_0":
             return layout.rounded(tensor.float(), kind)
@@ -192,7 +195,10 @@ def _entries(
 
     if (factors := rope_factors(open_config(str(opened.folder)), arch)) is not None:
         yield _Entry("rope_freqs.weight", "F32", factors.shape, lambda: factors)
+    parts = {f"{n}.{suffix}" for n in opened.embeddings for suffix in SUFFIXES}
     for key in opened.dense():
+        if key in parts:
+            continue
         name, shape = named(key), opened.tensors.shape(key)
         order = rows(key.rpartition(".")[0], shape[0])
         kind = "F16" if len(shape) == 2 else "F32"
@@ -215,6 +221,8 @@ def _notes(
     opened: Opened, counts: Mapping[str, int], lost: _Losses, embeddings: Embeddings
 ) -> Iterator[str]:
     yield ", ".join(f"{count} matrices in {kind}" for kind, count in counts.items())
+    if opened.embeddings:
+        yield f"embeddings were quantized; their values are in {embeddings} now"
     if embeddings == "f16":
         yield "what is not quantized is in float16, norms and biases in float32"
     else:

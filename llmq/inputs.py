@@ -29,7 +29,13 @@ from llmq.verify import fingerprint
 SEQ_LEN = 512  # tokens of a calibration window, if nobody says
 
 # What the identity of a run has under names of its own.
-_TOLD: dict[str, Any] = {"scheme": QuantScheme(), "schemes": {}, "skip": (), "lm_head": False}
+_TOLD: dict[str, Any] = {
+    "scheme": QuantScheme(),
+    "schemes": {},
+    "skip": (),
+    "lm_head": False,
+    "embeddings": None,
+}
 
 
 @dataclass(frozen=True)
@@ -149,6 +155,7 @@ def identity(
         **scheme,
         "skip": list(recipe.skip),
         "lm_head": recipe.lm_head,
+        "embeddings": recipe.embeddings,
         "solver": repr(dataclasses.replace(recipe, **_TOLD)),
         "widths": hashlib.sha256(repr(sorted(recipe.schemes.items())).encode()).hexdigest(),
         "calibration tokens": text.told["sha256"],

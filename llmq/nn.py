@@ -2,6 +2,7 @@
 
     PackedLinear    in place of nn.Linear (or transformers' Conv1D)
     PackedExperts   in place of a module that stacks its experts in 3-D parameters
+    PackedEmbedding in place of nn.Embedding: rows are looked up, nothing is multiplied
 
 Parameters have the names and the layout of the file (`formats.compressed_tensors`), so loading
 copies bytes. They are frozen Parameters, not buffers, because that is what `device_map` can
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from llmq import backends
+from llmq.embedding import PackedEmbedding
 from llmq.experts import (
     STACKS,
     PackedExperts,
@@ -30,6 +32,7 @@ from llmq.linear import HELD, PackedLinear
 __all__ = [
     "HELD",
     "STACKS",
+    "PackedEmbedding",
     "PackedExperts",
     "PackedLinear",
     "expert_bias",
@@ -44,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 
 def packed_modules(model: nn.Module) -> Iterator[tuple[str, PackedLinear | PackedExperts]]:
-    """Every packed module of `model` with its name."""
+    """Every packed module of `model` that multiplies, with its name."""
     for name, module in model.named_modules():
         if isinstance(module, PackedLinear | PackedExperts):
             yield name, module

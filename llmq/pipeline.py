@@ -21,7 +21,7 @@ from llmq.outlook import batch_windows, job
 from llmq.output import enough_memory, writing
 from llmq.progress import progress_bar
 from llmq.quantize import quantize
-from llmq.recipe import Recipe, input_widths, quantizable
+from llmq.recipe import Recipe, embedding_scheme, input_widths, quantizable
 from llmq.refine import finish
 from llmq.report import (
     expert_coverage,
@@ -62,6 +62,7 @@ def preflight(
     """
     names = quantizable(source.model, recipe.lm_head)
     check_groups(input_widths(names), recipe.scheme_for)
+    embedding_scheme(source.model, recipe)
     if not any(recipe.scheme_for(n) for n in names):
         raise SchemeError(f"skip={list(recipe.skip)}: nothing is left to quantize.")
     windows, seq_len = share(text.windows, recipe).shape

@@ -21,10 +21,10 @@ from llmq.errors import MemoryLimitError, OutputError, SchemeError
 from llmq.hf.outline import outline, pack_outline, stored_bytes
 from llmq.journal import Workplace
 from llmq.needs import Job, Shape
-from llmq.nn import packed_modules
+from llmq.nn import PackedEmbedding, packed_modules
 from llmq.outlook import SURE, Outlook, advice, foresee, lacking, shape as shape_of
 from llmq.progress import duration
-from llmq.recipe import Recipe, check_experts, input_widths, quantizable
+from llmq.recipe import Recipe, check_experts, embedding_scheme, input_widths, quantizable
 from llmq.report import size
 from llmq.scheme import QuantScheme, undivided
 from llmq.shards import DTYPES
@@ -242,6 +242,7 @@ def make(
     model = outline(config, dtype)
     parameters = sum(p.numel() for p in model.parameters())
     check_experts(model, recipe)
+    embeddings = embedding_scheme(model, recipe)
     shapes = quantizable(model, recipe.lm_head)
     problems = group_problems(shapes, recipe)
     problems += [p for n in ranks for p in parallel_problems(model, shapes, recipe, n)]
@@ -252,7 +253,8 @@ def make(
     counts = {n: (tensors[n] if n in tensors else tensors[f"{n}.weight"]).numel() for n in shapes}
     chosen = {n: s for n in shapes if (s := recipe.scheme_for(n)) and s.divides(shapes[n][1])}
     weights = sum(counts[name] for name in chosen)
-    written, packed = _packed_bytes(model, chosen, set(headers))
+    tables = sum(tensors[f"{name}.weight"].numel() for name in embeddings)
+    written, packed = _packed_bytes(model, chosen | embeddings, set(headers))
     if average is not None:  # every bit more or less is one of every weight
         change = int((average - recipe.scheme.bits) * weights / 8)
         written, packed = written + change, packed + change
@@ -265,11 +267,11 @@ def make(
     return Plan(
         source=source,
         parameters=parameters,
-        matrices=len(chosen),
-        quantized_weights=weights,
+        matrices=len(chosen) + len(embeddings),
+        quantized_weights=weights + tables,
         source_bytes=source_bytes,
         output_bytes=written,
-        bits_per_weight=8 * packed / weights if weights else 0.0,
+        bits_per_weight=8 * packed / (weights + tables) if weights else 0.0,
         problems=(*problems, *disk_problems(out, needed)),
         engines=serving,
         outlook=outlook,
@@ -281,12 +283,9 @@ def _packed_bytes(
 ) -> tuple[int, int]:
     """Of all files, and of what is packed in them; `model` is packed."""
     pack_outline(model, schemes)
-    packed = sum(
-        p.nbytes
-        for _, module in packed_modules(model)
-        for key, p in module.named_parameters()
-        if "bias" not in key
-    )
+    modules = [module for _, module in packed_modules(model)]
+    modules += [module for module in model.modules() if isinstance(module, PackedEmbedding)]
+    packed = sum(p.nbytes for m in modules for key, p in m.named_parameters() if "bias" not in key)
     return stored_bytes(model, known), packed
 
 

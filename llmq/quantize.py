@@ -26,10 +26,17 @@ from llmq.blocks import Call, decoder_blocks, head_inputs, record_calls
 from llmq.blockwise import PROBE, BlockJob, Solution, relative_error
 from llmq.errors import NonFiniteError
 from llmq.moments import second_moments
-from llmq.nn import PackedLinear
-from llmq.recipe import Recipe, check_experts, head_name, input_widths, quantizable
+from llmq.nn import PackedEmbedding, PackedLinear
+from llmq.recipe import (
+    Recipe,
+    check_experts,
+    embedding_scheme,
+    head_name,
+    input_widths,
+    quantizable,
+)
 from llmq.retry import Retries
-from llmq.scheme import check_groups
+from llmq.scheme import QuantScheme, check_groups
 from llmq.store import InMemory, LayerReport, Store
 
 EXPLODED = 1e6  # sound blocks multiply hidden states by a thousand at most
@@ -59,6 +66,7 @@ def quantize(
     """
     check_groups(input_widths(quantizable(model, recipe.lm_head)), recipe.scheme_for)
     check_experts(model, recipe)
+    embeddings = embedding_scheme(model, recipe)
     prefix, blocks = decoder_blocks(model)
     store = store or InMemory(blocks)
     hidden, *more = streams = store.streams(2 if recipe.match else 1)
@@ -94,6 +102,9 @@ def quantize(
         with store.outer():
             inputs = head_inputs(model, blocks, batches, hidden, recording.returns_tuple)
             yield from _quantize_head(model, inputs, recipe)
+    for name, scheme in embeddings.items():
+        with store.outer():
+            yield _round_embeddings(model, name, scheme, batches)
 
 
 def _advance(
@@ -131,6 +142,24 @@ def _quantize_head(
     model.set_output_embeddings(packed)  # type: ignore[operator]
     error = relative_error(W.to(H.device), q, H)
     yield LayerReport(name, q.shape, scheme, error, count, seconds)
+
+
+def _round_embeddings(
+    model: nn.Module, name: str, scheme: QuantScheme, batches: Sequence[Tensor]
+) -> LayerReport:
+    """Pack the input embeddings; the error is that of the rows that calibration looks up."""
+    start = time.perf_counter()
+    table = model.get_submodule(name)
+    assert isinstance(table, nn.Embedding)
+    ids, counts = torch.cat([batch.flatten() for batch in batches]).unique(return_counts=True)
+    ids, counts = ids.to(table.weight.device), counts.to(table.weight.device, torch.float64)
+    W = table.weight[ids].float()
+    packed = PackedEmbedding.from_embedding(table, scheme)
+    model.set_submodule(name, packed)
+    lost, whole = (t.square().sum(1).double() @ counts for t in (packed.rows(ids).float() - W, W))
+    shape = (packed.weight.shape[0], packed.weight.shape[1])
+    error, tokens = float(lost / whole), int(counts.sum())
+    return LayerReport(name, shape, scheme, error, tokens, time.perf_counter() - start)
 
 
 def _sane(states: Tensor, before: Tensor, block: str) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -12,7 +12,7 @@ from llmq.adapters import as_linears, shared_copy
 from llmq.blocks import decoder_blocks, linears
 from llmq.errors import SchemeError
 from llmq.nn import STACKS, is_stacked_experts
-from llmq.scheme import QuantScheme
+from llmq.scheme import QuantScheme, check_groups
 from llmq.solvers import Solver
 from llmq.solvers.awq import AWQ
 from llmq.solvers.gptq import GPTQ
@@ -36,12 +36,14 @@ class Recipe:
         scales: how scales are tuned when the last block is finished. That is done by who calls
             `quantize`, since it needs the whole packed model (see `tuning` and `refine`).
         lm_head: whether the output layer is quantized too. If it is tied to the embeddings they
-            are untied: the embeddings stay as they are.
+            are untied: the embeddings stay as they are, or become what `embeddings` says.
+        embeddings: bits of the input embeddings: 8, or None to leave them as they are. They are
+            rounded to nearest, in groups and with zero points as `scheme` has them.
         skip: patterns of linears to leave as they are: a module name or the end of one, with
             shell wildcards ("model.layers.0.*", "down_proj", "*.mlp.*").
 
     Raises:
-        SchemeError: tuning without `match`.
+        SchemeError: tuning without `match`, or embeddings of other than 8 bits.
     """
 
     scheme: QuantScheme = QuantScheme()
@@ -49,6 +51,7 @@ class Recipe:
     awq: AWQ | None = None
     skip: tuple[str, ...] = ()
     lm_head: bool = False
+    embeddings: int | None = None
     match: bool = False
     block: BlockTuning | None = None
     scales: ScaleTuning | None = None
@@ -57,6 +60,11 @@ class Recipe:
     def __post_init__(self) -> None:
         if (self.block or self.scales) and not self.match:
             raise SchemeError("Tuning compares with the full-precision stream: use match=True.")
+        if self.embeddings not in (None, 8):
+            raise SchemeError(
+                f"embeddings={self.embeddings}: use 8, or leave them as they are. transformers "
+                "loads quantized embeddings with one byte per weight only."
+            )
 
     def scheme_for(self, name: str) -> QuantScheme | None:
         """The number format of the linear called `name`; None if it is skipped."""
@@ -102,6 +110,29 @@ def check_experts(model: nn.Module, recipe: Recipe) -> None:
                     f"{name}: only one of {' and '.join(STACKS)} is skipped, but stacked experts "
                     f"are packed together. Skip both (--skip '{name.split('.')[-1]}.*') or none."
                 )
+
+
+def embedding_scheme(model: nn.Module, recipe: Recipe) -> dict[str, QuantScheme]:
+    """Name and number format of the input embeddings; empty if they stay as they are.
+
+    Raises:
+        SchemeError: they cannot be packed, or the output layer shares them and is not quantized.
+    """
+    if recipe.embeddings is None:
+        return {}
+    table, head = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
+    name = next(name for name, module in model.named_modules() if module is table)
+    if not isinstance(table, nn.Embedding):
+        raise SchemeError(f"{name}: {type(table).__name__} is no nn.Embedding: it stays as it is.")
+    tied = getattr(head, "weight", None) is table.weight
+    if tied and not (recipe.lm_head and recipe.scheme_for(head_name(model))):
+        raise SchemeError(
+            f"{name} is also the output layer, which cannot use a packed table. Quantize the "
+            "output layer too (--lm-head), which gives it weights of its own."
+        )
+    scheme = replace(recipe.scheme, bits=8)
+    check_groups({name: table.embedding_dim}, lambda _: scheme)
+    return {name: scheme}
 
 
 def head_name(model: nn.Module) -> str:

@@ -53,7 +53,8 @@ def finish(
     """
     if how is None:
         return *store.finish(), None
-    answers = Answers(source, batches, store.full_states())
+    # Of a fresh one: this one's output layer may be packed by now.
+    answers = Answers(StoredModel(source.folder), batches, store.full_states())
     digests, _ = store.finish()
     model, changed, progress = refine(source, work, batches, answers, how, device=device, show=show)
     record = {"kl_before": progress.start, "kl_after": progress.best, "steps": progress.step}

@@ -90,6 +90,11 @@ def _packed(
         if layout.method == compressed_tensors.METHOD:
             prefix = key.removesuffix("_packed")  # "...q_proj.weight", or "...experts.down_proj"
             name = prefix.removesuffix(".weight")
+            if key.endswith(".weight") and name in layout.config.embeddings:
+                scheme = layout.config.embeddings[name]
+                keys = [key, *(f"{key}{part}" for part in _PARTS)]
+                yield name, scheme, headers[key].shape, [key for key in keys if key in headers]
+                continue
             scheme = layout.config.scheme_for(name) if key != prefix else None
             if scheme is None:
                 continue

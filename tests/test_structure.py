@@ -26,6 +26,7 @@ LEVELS = [
         "shards",
     },
     {
+        "formats.bytewise",
         "formats.compressed_tensors",
         "formats.columns",
         "formats.kquants",
@@ -34,7 +35,7 @@ LEVELS = [
         "calibrate",
         "journal",
     },
-    {"backends", "formats.gptq", "formats.awq", "formats.gguf", "drawing"},
+    {"backends", "embedding", "formats.gptq", "formats.awq", "formats.gguf", "drawing"},
     {"linear"},
     {"experts"},
     {"nn", "solvers", "solvers.grid", "formats.layouts"},

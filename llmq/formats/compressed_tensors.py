@@ -8,13 +8,15 @@ Per matrix (N, K) in groups of G, under the name of its module:
     weight_shape       int64 (2,)                        N, K
 
 Packing is the bit stream of `bits`.
+
+Input embeddings have a layout of their own, `bytewise`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from llmq.scheme import QuantizedWeight, QuantScheme
 
 METHOD = "compressed-tensors"
 FORMAT = "pack-quantized"
+BYTEWISE = "int-quantized"
 SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 
 
@@ -112,14 +115,21 @@ def unpack(
     return QuantizedWeight(scheme, codes, scale, zero)
 
 
-def config(groups: Mapping[QuantScheme, Sequence[str]], ignore: Sequence[str]) -> dict[str, Any]:
+def config(
+    groups: Mapping[QuantScheme, Sequence[str]],
+    ignore: Sequence[str],
+    embeddings: Mapping[QuantScheme, Sequence[str]] | None = None,
+) -> dict[str, Any]:
     """The `quantization_config` of config.json.
 
     Args:
         groups: scheme -> its targets: "Linear" (every Linear), exact module names, or "re:" and
             a regular expression that must match from the start of the module's name.
         ignore: modules in full precision, written the same way.
+        embeddings: the same as `groups` for what is stored with one byte per weight.
     """
+    layouts = [(FORMAT, *group) for group in groups.items()]
+    layouts += [(BYTEWISE, *group) for group in (embeddings or {}).items()]
     return {
         "quant_method": METHOD,
         "format": FORMAT,
@@ -130,9 +140,9 @@ def config(groups: Mapping[QuantScheme, Sequence[str]], ignore: Sequence[str]) -
                 "weights": _weights(scheme),
                 "input_activations": None,
                 "output_activations": None,
-                "format": FORMAT,
+                "format": layout,
             }
-            for i, (scheme, targets) in enumerate(groups.items())
+            for i, (layout, scheme, targets) in enumerate(layouts)
         },
         "ignore": list(ignore),
         "kv_cache_scheme": None,
@@ -158,10 +168,12 @@ class CheckpointConfig:
     Attributes:
         groups: (scheme, targets) in the file's order.
         ignore: exact names, "re:..." patterns or class names kept in full precision.
+        embeddings: exact names of what is stored with one byte per weight -> scheme.
     """
 
     groups: tuple[tuple[QuantScheme, tuple[str, ...]], ...]
     ignore: tuple[str, ...]
+    embeddings: Mapping[str, QuantScheme] = field(default_factory=dict)
 
     def scheme_for(self, name: str, kind: str = "Linear") -> QuantScheme | None:
         """The scheme of the module `name` of class `kind`; None = full precision.
@@ -208,14 +220,18 @@ def parse_config(quantization_config: Mapping[str, Any]) -> CheckpointConfig:
     if not groups:
         raise FormatError("quantization_config.config_groups is empty: nothing is quantized.")
     default = quantization_config.get("format")
+    parsed = [_parse_group(name, group, default) for name, group in groups.items()]
     return CheckpointConfig(
-        tuple(_parse_group(name, group, default) for name, group in groups.items()),
+        tuple((scheme, targets) for layout, scheme, targets in parsed if layout == FORMAT),
         tuple(quantization_config.get("ignore") or ()),
+        {target: s for layout, s, targets in parsed if layout == BYTEWISE for target in targets},
     )
 
 
-def _parse_group(name: str, group: Any, default: str | None) -> tuple[QuantScheme, tuple[str, ...]]:
-    """One entry of config_groups."""
+def _parse_group(
+    name: str, group: Any, default: str | None
+) -> tuple[str, QuantScheme, tuple[str, ...]]:
+    """One entry of config_groups: format, scheme and targets."""
 
     def refuse(reason: str) -> FormatError:
         return FormatError(
@@ -225,8 +241,11 @@ def _parse_group(name: str, group: Any, default: str | None) -> tuple[QuantSchem
     if not isinstance(group, Mapping):
         raise refuse("a named preset instead of a scheme")
     weights = group.get("weights") or {}
-    if (found := group.get("format") or default) != FORMAT:
-        raise refuse(f"format={found!r}")
+    targets = tuple(group.get("targets") or ())
+    layout = group.get("format") or default
+    by_name = all(t[:1].islower() and not t.startswith("re:") for t in targets)  # no class
+    if layout != FORMAT and not (layout == BYTEWISE and weights.get("num_bits") == 8 and by_name):
+        raise refuse(f"format={layout!r}")
     if group.get("input_activations") or group.get("output_activations"):
         raise refuse("activations are quantized")
     if weights.get("type", "int") != "int" or weights.get("dynamic"):
@@ -246,4 +265,4 @@ def _parse_group(name: str, group: Any, default: str | None) -> tuple[QuantSchem
         )
     except SchemeError as error:
         raise refuse(str(error).rstrip(".")) from error
-    return scheme, tuple(group.get("targets") or ())
+    return layout, scheme, targets

@@ -11,7 +11,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from llmq.errors import SchemeError
 from llmq.formats import compressed_tensors
-from llmq.nn import STACKS, PackedLinear, packed_modules
+from llmq.nn import STACKS, PackedEmbedding, PackedLinear, packed_modules
 from llmq.scheme import QuantScheme
 
 
@@ -42,7 +42,16 @@ def checkpoint_config(model: PreTrainedModel) -> dict[str, Any]:
     if head and isinstance(head[1], PackedLinear) and head[1].scheme == most:
         written = _written(model, {f"{head[0]}.weight_packed": head[1].weight_packed})
         groups[most] += [f"re:.*{name}" for name in sorted({head[0], *written})]
-    return compressed_tensors.config(groups, _dense_names(model))
+    return compressed_tensors.config(groups, _dense_names(model), _embeddings(model))
+
+
+def _embeddings(model: PreTrainedModel) -> dict[QuantScheme, list[str]]:
+    """Scheme -> the names of a packed input embedding: that in the model and that in the file."""
+    for name, module in model.named_modules():
+        if isinstance(module, PackedEmbedding):
+            written = _written(model, {f"{name}.weight": module.weight})
+            return {module.scheme: sorted({name, *written})}
+    return {}
 
 
 def _written(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> list[str]:
@@ -62,7 +71,8 @@ def _dense_names(model: PreTrainedModel) -> list[str]:
 
     The head is also listed under its name in the model: engines differ in which one they ask for.
     """
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    kinds = nn.Embedding | PackedEmbedding
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, kinds)}
     dense = {
         key: value
         for key, value in model.named_parameters()

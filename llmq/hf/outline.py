@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from llmq.hf.quantizer import attach
 from llmq.hf.saving import SHARD_SIZE, checkpoint_tensors, shard_index, shards
 from llmq.hf.skeleton import out_in, put
-from llmq.nn import STACKS, PackedExperts, PackedLinear, is_stacked_experts
+from llmq.nn import STACKS, PackedEmbedding, PackedExperts, PackedLinear, is_stacked_experts
 from llmq.scheme import QuantScheme
 from llmq.shards import file_bytes
 
@@ -28,7 +28,8 @@ def pack_outline(model: PreTrainedModel, schemes: Mapping[str, QuantScheme]) -> 
 
     Args:
         model: on meta; changed in place.
-        schemes: matrix (a linear, or one stack of a module of experts) -> its number format.
+        schemes: matrix (a linear, one stack of a module of experts, or the input embeddings) -> its
+            number format.
     """
     for name, scheme in schemes.items():
         parent, _, leaf = name.rpartition(".")
@@ -41,6 +42,9 @@ def pack_outline(model: PreTrainedModel, schemes: Mapping[str, QuantScheme]) -> 
                 put(model, parent, PackedExperts(owner, *both))  # type: ignore[arg-type]
             continue
         module = model.get_submodule(name)
+        if isinstance(module, nn.Embedding):
+            put(model, name, PackedEmbedding(scheme, module))
+            continue
         N, K = out_in(module)  # type: ignore[arg-type]
         dtype = module.get_parameter("weight").dtype
         packed = PackedLinear(scheme, K, N, module.bias is not None, dtype, "meta")

@@ -28,7 +28,7 @@ from llmq.hf.foreign import is_repacking, loading_conversions
 from llmq.hf.names import checkpoint_config
 from llmq.hf.rounding import RoundToNearest, chosen_parameters
 from llmq.hf.skeleton import pack_skeleton, tensor_shapes
-from llmq.nn import PackedExperts, PackedLinear, packed_modules, prepare
+from llmq.nn import PackedEmbedding, PackedExperts, PackedLinear, packed_modules, prepare
 from llmq.scheme import QuantScheme
 
 # transformers 5.17 has no `copy`. There, patterns of key names also match suffixed names, and
@@ -146,8 +146,9 @@ class LlmqQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if SUFFIXES_MATCH:
             _cast(model, model.config.dtype)
-        for _, module in packed_modules(model):
-            module.requires_grad_(False)
+        for module in model.modules():
+            if isinstance(module, PackedLinear | PackedExperts | PackedEmbedding):
+                module.requires_grad_(False)
         prepare(model)
         if self.repacked is not None:
             used = {id(t) for t in model._weight_conversions}
@@ -168,6 +169,9 @@ class LlmqQuantizer(HfQuantizer):
             linear.weight = nn.Parameter(module.dequantize(dtype), requires_grad=False)
             linear.bias = module.bias  # type: ignore[assignment]
             model.set_submodule(name, linear)
+        for name, module in list(model.named_modules()):
+            if isinstance(module, PackedEmbedding):
+                model.set_submodule(name, module.dense(dtype))
         return model
 
 

@@ -18,7 +18,14 @@ from transformers.pytorch_utils import Conv1D
 
 from llmq.errors import FormatError
 from llmq.formats.compressed_tensors import CheckpointConfig
-from llmq.nn import STACKS, PackedExperts, PackedLinear, expert_weight, is_stacked_experts
+from llmq.nn import (
+    STACKS,
+    PackedEmbedding,
+    PackedExperts,
+    PackedLinear,
+    expert_weight,
+    is_stacked_experts,
+)
 from llmq.scheme import QuantScheme
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -67,6 +74,7 @@ def pack_skeleton(model: PreTrainedModel, config: CheckpointConfig, shapes: Shap
         FormatError: config.json and the files disagree, or a file does not fit the model.
     """
     stacks: dict[str, dict[str, QuantScheme]] = {}
+    _pack_embeddings(model, config, shapes)
     names = packed_parameters(model, shapes)
     for parameter, sources in names.items():
         scheme = _common_scheme(parameter, sources, config)
@@ -95,6 +103,38 @@ def pack_skeleton(model: PreTrainedModel, config: CheckpointConfig, shapes: Shap
     expected = {key: tuple(value.shape) for key, value in model.named_parameters()}
     for parameter, sources in names.items():
         _check_tensors(parameter, sources, expected, shapes)
+
+
+def _pack_embeddings(model: PreTrainedModel, config: CheckpointConfig, shapes: Shapes) -> None:
+    """Replace the input embeddings if `config` names them.
+
+    Raises:
+        FormatError: it names something else, or a file does not fit.
+    """
+    stored = {n: s for n, s in config.embeddings.items() if f"{n}.weight" in shapes}
+    if config.embeddings and not stored:
+        name = next(iter(config.embeddings))
+        raise FormatError(f"{name}.weight is missing: the checkpoint is incomplete.")
+    for parameter, [source] in packed_parameters(
+        model, [f"{name}.weight_packed" for name in stored]
+    ).items():
+        scheme, name = stored[source.removesuffix(".weight")], parameter.removesuffix(".weight")
+        table = model.get_submodule(name)
+        if not isinstance(table, nn.Embedding):
+            raise FormatError(
+                f"{source}: stored with one byte per weight, but {type(table).__name__} is no "
+                "embedding."
+            )
+        _check_divides(name, table.embedding_dim, scheme)
+        packed = PackedEmbedding(scheme, table)
+        for suffix, tensor in packed.named_parameters():
+            key = source.removesuffix("weight") + suffix
+            if shapes.get(key) != tuple(tensor.shape):
+                raise FormatError(
+                    f"{key}: {shapes.get(key, 'missing')} in the file does not fit "
+                    f"{tuple(tensor.shape)} in the model."
+                )
+        put(model, name, packed)
 
 
 def put(model: PreTrainedModel, name: str, packed: nn.Module) -> None:

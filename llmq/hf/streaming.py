@@ -77,7 +77,7 @@ class StoredModel:
             parent, _, leaf = name.rpartition(".")
             module = self.model.get_submodule(parent)
             empty = module._parameters.get(leaf)
-            if empty is None:  # a buffer, or a layer that was packed
+            if empty is None or not empty.is_meta:  # a buffer, or a layer that was packed
                 if leaf in module._buffers:
                     module._buffers[leaf] = tensor
                 continue
