@@ -121,7 +121,7 @@ def quantize(
             style="yellow",
             soft_wrap=True,
         )
-    from llmq import api, hub
+    from llmq import api, hub, measure
     from llmq.report import size, table
 
     if push_to is not None:
@@ -169,7 +169,7 @@ def quantize(
         soft_wrap=True,
     )
     if eval_text is not None:
-        found = api.evaluate(
+        found = measure.evaluate(
             str(out), eval_text, reference=src, record=True, device=device, progress=True
         )
         cli_measure.show(console, found)

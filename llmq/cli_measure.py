@@ -56,14 +56,14 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     console = start(as_json)
-    from llmq import api
+    from llmq import measure
 
     if tasks is not None:
-        scores = api.evaluate_tasks(model, tasks.split(","), limit=limit, device=device)
+        scores = measure.evaluate_tasks(model, tasks.split(","), limit=limit, device=device)
         _show_tasks(console, scores)
         finish({"tasks": scores}, as_json)
         return
-    found = api.evaluate(
+    found = measure.evaluate(
         model,
         text,
         seq_len=seq_len,

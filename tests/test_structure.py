@@ -57,7 +57,7 @@ LEVELS = [
     {"gguf_file"},
     {"stream", "hub", "mixing", "inputs"},
     {"refine"},
-    {"pipeline", "bench"},
+    {"pipeline", "bench", "measure"},
     {"api"},
     {"showcase"},
     {"cli_share", "cli_plan", "cli_measure"},
