@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from llmq import cli_help
-from llmq.cli_common import AsJson, Bos, Device, Join, JoinOption, finish, numbers, start
+from llmq.cli_common import AnyModel, AsJson, Bos, Device, Join, JoinOption, finish, numbers, start
 
 
 class Protocol(str, Enum):
@@ -23,7 +23,7 @@ class Protocol(str, Enum):
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Quantized or not: folder or Hub name.")],
+    model: AnyModel,
     text: Annotated[
         str | None, typer.Option(help=f"Text the model has not seen: {cli_help.TEXT}")
     ] = None,
