@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from environment import environment
 
-from llmq import api
+from llmq import api, measure
 
 
 def arguments() -> argparse.Namespace:
@@ -63,7 +63,7 @@ def rows(options: argparse.Namespace, method: str, work: Path) -> list[dict[str,
             adapter, start = work / f"{method}-{rank}", time.perf_counter()
             api.correct(options.model, work / method, adapter, rank=rank, device="cpu", **text)
             seconds = time.perf_counter() - start
-        judged = api.evaluate(
+        judged = measure.evaluate(
             work / method,
             options.text,
             reference=options.model,

@@ -4,8 +4,7 @@
 
 perplexity.py: KL to the full model against stored bits per weight; one panel per model, one line
 per method. on_gpu.py: speed over the dense product against rows of x; one panel per shape, one
-line per kernel. Readable on light and on dark pages: the background is transparent and all text
-and axes are a middle grey.
+line per kernel.
 """
 
 from __future__ import annotations
@@ -15,15 +14,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("svg")
-
 import matplotlib.pyplot as plt
+from charts import GREY, line, plain, save
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-GREY = "#7f8790"
 STYLES = {
     "rtn": ("RTN", "#9aa0a6", "s"),
     "awq": ("AWQ", "#d98a1f", "^"),
@@ -42,20 +37,17 @@ OTHER = ("#9aa0a6", "s")  # colour and marker of a kernel that is not listed
 
 
 def quality_panel(axes: Axes, model: str, rows: list[dict[str, Any]]) -> None:
-    for method, (label, colour, marker) in STYLES.items():
+    for method, look in STYLES.items():
         points = sorted(
             (row["bits_per_weight"], row["kl"], row["kl_stderr"])
             for row in rows
             if row["method"] == method and row["kl"]
         )
-        if not points:
-            continue
-        x, y, error = (list(column) for column in zip(*points, strict=True))
-        axes.errorbar(
-            x, y, yerr=error, label=label, color=colour, marker=marker, markersize=4, linewidth=1.3
-        )
+        if points:
+            line(axes, look, points)
     axes.set_yscale("log")
-    plain(axes, model, "stored bits per weight")
+    axes.set_title(model, color=GREY, fontsize=11)
+    plain(axes, "stored bits per weight")
 
 
 def speed_panel(axes: Axes, shape: str, rows: list[dict[str, Any]]) -> None:
@@ -67,18 +59,8 @@ def speed_panel(axes: Axes, shape: str, rows: list[dict[str, Any]]) -> None:
     axes.axhline(1, color=GREY, linewidth=0.8, linestyle="--")
     axes.set_xscale("log", base=2)
     axes.set_ylim(bottom=0)
-    plain(axes, shape, "rows of x")
-
-
-def plain(axes: Axes, title: str, x: str) -> None:
-    """What all panels share."""
-    axes.set_title(title, color=GREY, fontsize=11)
-    axes.set_xlabel(x, color=GREY)
-    axes.grid(True, color=GREY, alpha=0.25, linewidth=0.6)
-    axes.tick_params(colors=GREY, which="both")
-    axes.patch.set_alpha(0)
-    for spine in axes.spines.values():
-        spine.set_color(GREY)
+    axes.set_title(shape, color=GREY, fontsize=11)
+    plain(axes, "rows of x")
 
 
 def quality(rows: list[dict[str, Any]]) -> Figure:
@@ -138,15 +120,13 @@ def main() -> None:
     )
     args = parser.parse_args()
     rows = json.loads(args.results.read_text())["rows"]
-    plt.rcParams["svg.hashsalt"] = "llmq"  # the same table gives the same file
-    plt.rcParams["svg.fonttype"] = "none"
     figure = speed(rows) if "kind" in rows[0] else quality(rows)
     lines = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             lines.setdefault(label, handle)
     figure.axes[0].legend(lines.values(), lines.keys(), frameon=False, labelcolor=GREY, fontsize=9)
-    figure.savefig(args.out, transparent=True, metadata={"Date": None})
+    save(figure, args.out)
 
 
 if __name__ == "__main__":

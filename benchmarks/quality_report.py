@@ -8,7 +8,7 @@ whichever of their settings happens to win there.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ BARS: tuple[tuple[str, tuple[str, ...], int | None, dict[float, float], float | 
     ("llmq best mixed", GPTQ_PEERS, None, {4: 0.40, 3: 0.40}, None),
 )
 CLOSED = {4: 0.75, 3: 0.75, 2: 0.90}  # share of the gap in log-perplexity from RTN to full
-GREY = "#7f8790"
 STYLES = {
     "llmq best": ("llmq best", "#12633f", "o"),
     "llmq balanced": ("llmq balanced", "#2e9e6b", "o"),
@@ -181,14 +180,10 @@ def points(rows: list[Row], style: str, x: str) -> list[tuple[float, float, floa
 
 def plot(rows: list[Row], path: Path) -> None:
     """KL against bits and against time, a column per setting; for light and for dark pages."""
-    import matplotlib
-
-    matplotlib.use("svg")
+    import charts
     import matplotlib.pyplot as plt
 
     columns = list(dict.fromkeys(map(setting, rows)))
-    plt.rcParams["svg.hashsalt"] = "llmq"  # the same table gives the same file
-    plt.rcParams["svg.fonttype"] = "none"
     size = (4.2 * len(columns), 7.4)
     figure, grid = plt.subplots(
         2, len(columns), figsize=size, squeeze=False, sharey="col", layout="constrained"
@@ -202,26 +197,15 @@ def plot(rows: list[Row], path: Path) -> None:
         model, text, group, symmetric = column
         kind = "symmetric" if symmetric else "asymmetric"
         title = f"{model}, g{group} {kind}\n{text}"
-        grid[0][i].set_title(title, color=GREY, fontsize=11)
+        grid[0][i].set_title(title, color=charts.GREY, fontsize=11)
         for axes, (x, label) in zip(grid[:, i], axis_of, strict=True):
-            _panel(axes, lambda style, x=x, own=own: points(own, style, x), label)
+            for style, look in STYLES.items():
+                if values := points(own, style, x):
+                    charts.line(axes, look, values)
+            axes.set_yscale("log")
+            charts.plain(axes, label)
         grid[1][i].set_xscale("log")
     for axes in grid[:, 0]:
-        axes.set_ylabel("KL(full || quantized), nats per token", color=GREY)
-    grid[0][0].legend(frameon=False, labelcolor=GREY, fontsize=8)
-    figure.savefig(path, transparent=True, metadata={"Date": None})
-
-
-def _panel(axes: Any, found: Callable[[str], list[tuple[float, float, float]]], label: str) -> None:
-    for style, (name, colour, marker) in STYLES.items():
-        if values := found(style):
-            x, y, error = (list(column) for column in zip(*values, strict=True))
-            looks = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.3}
-            axes.errorbar(x, y, yerr=error, label=name, **looks)
-    axes.set_yscale("log")
-    axes.set_xlabel(label, color=GREY)
-    axes.grid(True, color=GREY, alpha=0.25, linewidth=0.6)
-    axes.tick_params(colors=GREY, which="both")
-    axes.patch.set_alpha(0)
-    for spine in axes.spines.values():
-        spine.set_color(GREY)
+        axes.set_ylabel("KL(full || quantized), nats per token", color=charts.GREY)
+    grid[0][0].legend(frameon=False, labelcolor=charts.GREY, fontsize=8)
+    charts.save(figure, path)

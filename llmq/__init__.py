@@ -11,9 +11,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from llmq.api import evaluate, load, quantize
+    from llmq.api import load, quantize
     from llmq.convert import convert
     from llmq.errors import LlmqError
+    from llmq.measure import evaluate
     from llmq.scheme import QuantizedWeight, QuantScheme
 
 __version__ = "0.1.0"
@@ -23,7 +24,7 @@ _HOME = {
     "QuantScheme": "llmq.scheme",
     "QuantizedWeight": "llmq.scheme",
     "convert": "llmq.convert",
-    "evaluate": "llmq.api",
+    "evaluate": "llmq.measure",
     "load": "llmq.api",
     "quantize": "llmq.api",
 }

@@ -1,6 +1,7 @@
-"""The verbs of llmq: `quantize` a model into a folder, `evaluate` one, `load` one, and others.
+"""The verbs of llmq: `quantize` a model into a folder, `load` one, and others.
 
-The command line is a thin shell over these functions; options have the same names and defaults.
+The command line is a thin shell over these functions and those of `measure`; options have the same
+names and defaults.
 """
 
 from __future__ import annotations
@@ -15,42 +16,31 @@ from typing import Any
 
 from torch import nn
 
-from llmq import demo, hf, plan as planning, ranks
-from llmq.errors import FormatError, SchemeError, SourceError
-from llmq.evaluate import Evaluation, evaluate as measure
-from llmq.harness import check_installed, run_tasks
+from llmq import hf, plan as planning, ranks
+from llmq.errors import SchemeError
 from llmq.hf.saving import original_folder
 from llmq.hf.streaming import StoredModel
-from llmq.inputs import SEQ_LEN, check_vocabulary, public_source, read_calibration, window_length
+from llmq.inputs import SEQ_LEN, read_calibration, window_length, windows_for
 from llmq.journal import Workplace, workplace
 from llmq.ladder import chosen
 from llmq.mixing import allocated, average_for_size, is_mixed, parse_size, scan, uniform_width
 from llmq.origin import command, origin, public_name
 from llmq.outlook import job
-from llmq.pipeline import begin, outcome, preflight, publish, solve
+from llmq.pipeline import Run, begin, outcome, preflight, publish, solve
 from llmq.plan import Plan
-from llmq.protocols import PROTOCOLS, WIKITEXT2, read_windows
 from llmq.recipe import Recipe
-from llmq.report import (
-    REPORT_FILE,
-    add_evaluation,
-    peak_memory_bytes,
-)
 from llmq.scheme import QuantScheme
 from llmq.sensitivity import WIDTHS, Sensitivity
 from llmq.source import (
     check_path,
-    full_precision,
     open_config,
     open_model,
+    open_original,
     open_tokenizer,
     pick_device,
     source_headers,
 )
-from llmq.stored import bits_per_weight, inspect_checkpoint
 from llmq.text import Source
-
-_RTN_SAMPLES = 8  # rounding needs no text; these only measure the error that it made
 
 
 def quantize(
@@ -131,13 +121,12 @@ def quantize(
     where = pick_device(device)
     ranks.join(where)
     with workplace(out, fresh) if ranks.number() == 0 else nullcontext(Workplace(out)) as work:
-        name = check_path(src)
-        config = full_precision(open_config(name), name)
+        name, config = open_original(src)
         text = read_calibration(
             calibration,
             open_tokenizer(name),
             config,
-            samples=min(samples, _RTN_SAMPLES) if method == "rtn" else samples,
+            samples=windows_for(method, samples),
             seq_len=seq_len,
             seed=seed,
             join=join,
@@ -146,28 +135,18 @@ def quantize(
         if target_size is not None:
             headers = source_headers(name)
             bits = average_for_size(parse_size(target_size), name, config, headers, recipe)
-        source, spill, kl = StoredModel(original_folder(name)), activations == "disk", None
+        source, kl = StoredModel(original_folder(name)), None
         average = float(bits) if is_mixed(bits, mixed) else None
-        preflight(
-            name,
-            source,
-            config,
-            recipe,
-            text,
-            where,
-            work,
-            spill=spill,
-            average=average,
-            tell=tell,
-        )
+        run = Run(name, config, source, method, recipe, text, where, work, activations == "disk")
+        preflight(run, average, tell)
         if average is not None:
             recipe, kl = allocated(recipe, bits, widths, name, text.windows, where, seed)
-        if report := begin(source, recipe, method, text, where, work):
+            run = dataclasses.replace(run, recipe=recipe)
+        if report := begin(run):
             return report
-        solved = solve(source, recipe, text, where, work, spill=spill, show=progress)
+        solved = solve(run, show=progress)
         if solved is None:  # another process writes
             return ranks.of_the_first(None)
-        layers, digests, verdict, tuned = solved
         report = {
             **origin(name, config),
             "command": command(quantize, given),
@@ -181,12 +160,9 @@ def quantize(
             "skip": list(skip),
             "calibration": text.told,
             "seconds": time.perf_counter() - start,
-            "peak_memory_bytes": peak_memory_bytes(where),
-            "judged": {**verdict, "held_out": text.held_out},
-            "scale_tuning": tuned,
-            **outcome(work.result, layers),
+            **outcome(run, solved),
         }
-        publish(work, report, digests)
+        publish(work, report, solved.digests)
     return ranks.of_the_first(report)
 
 
@@ -228,11 +204,10 @@ def plan(
         recipe, scheme=scheme, skip=tuple(skip), lm_head=lm_head, embeddings=embeddings
     )
     where = pick_device(device)
-    name = check_path(src)
-    config = full_precision(open_config(name), name)
+    name, config = open_original(src)
     average = float(bits) if is_mixed(bits, mixed) else None
     seq_len = window_length(config, seq_len, SEQ_LEN)
-    windows = min(samples, _RTN_SAMPLES) if method == "rtn" else samples
+    windows = windows_for(method, samples)
     return planning.make(
         name,
         config,
@@ -276,8 +251,7 @@ def sensitivity(
         LlmqError: see `llmq.errors`.
     """
     recipe = Recipe(QuantScheme(4, group_size, symmetric), skip=tuple(skip))
-    name = check_path(src)
-    config = full_precision(open_config(name), name)
+    name, config = open_original(src)
     text = read_calibration(
         calibration,
         open_tokenizer(name),
@@ -289,108 +263,6 @@ def sensitivity(
         bos=bos,
     )
     return scan(name, text.windows, recipe, pick_device(device), seed)
-
-
-def evaluate(
-    model: str | os.PathLike[str] | nn.Module,
-    text: Source | None = None,
-    *,
-    tokenizer: Any = None,
-    seq_len: int | None = None,
-    windows: int | None = None,
-    reference: str | os.PathLike[str] | nn.Module | None = None,
-    join: str = "documents",
-    bos: bool | None = None,
-    protocol: str = "windows",
-    record: bool = False,
-    adapter: str | os.PathLike[str] | None = None,
-    device: str = "auto",
-    progress: bool = False,
-) -> Evaluation:
-    """Perplexity of a model on a text and, with a reference, how far it moved from that.
-
-    Args:
-        model: folder, Hub name or model object, quantized or not.
-        text: see `llmq.text`; None = a little public-domain text that comes with llmq.
-        tokenizer: for a model object and text; token ids need none.
-        seq_len: window length (default: the protocol's, or the model's context if that is
-            shorter).
-        windows: how many, from the start of the text; None = all.
-        reference: the full-precision model: folder, Hub name or object.
-        join: "wikitext" if `text` is a raw file of wikitext and rows shall be joined as in the
-            GPTQ paper.
-        bos: start every window with BOS. The paper does not; Gemma needs it.
-        protocol: "windows", "wikitext2", "c4" or "llama.cpp", see `llmq.protocols`. The last three
-            lay down join and bos.
-        record: add the result to the report in the folder `model`, for its page and its card.
-        adapter: folder of a LoRA adapter to put on the model first.
-        device: "auto" = the GPU if there is one. A model object stays where it is.
-        progress: show a bar on standard error if that is a terminal.
-
-    Raises:
-        LlmqError: see `llmq.errors`.
-    """
-    start = time.perf_counter()
-    where = pick_device(device)
-    name = None if isinstance(model, nn.Module) else check_path(model)
-    config = model.config if name is None else open_config(name)  # type: ignore[union-attr]
-    if name is not None and tokenizer is None:
-        tokenizer = open_tokenizer(name)
-    if record and adapter is not None:
-        raise SourceError("record: the report is about the checkpoint without an adapter.")
-    if record and (name is None or not (Path(name) / REPORT_FILE).is_file()):
-        raise SourceError(f"{name}: record needs a folder that llmq quantize wrote.")
-    seq_len = window_length(config, seq_len, PROTOCOLS.get(protocol, 2048))
-    if text is None and protocol == "wikitext2":
-        text = WIKITEXT2
-    read = read_windows(
-        protocol,
-        demo.evaluation_path() if text is None else text,
-        tokenizer,
-        seq_len=seq_len,
-        samples=windows,
-        join=join,
-        bos=bos,
-        described="llmq's own text" if text is None else public_source(text),
-    )
-    check_vocabulary(read.ids, config)
-    if isinstance(reference, str | os.PathLike):
-        reference = open_model(check_path(reference), where)
-    loaded = open_model(name, where) if name is not None else model
-    assert isinstance(loaded, nn.Module)
-    if adapter is not None:
-        loaded = _with_adapter(loaded, adapter)
-    found = measure(loaded, read.ids, reference, first=read.first, progress=progress)
-    found = dataclasses.replace(
-        found,
-        seconds=time.perf_counter() - start,
-        protocol=read.sentence,
-        bits_per_weight=_stored_bits(name),
-        peak_memory_bytes=peak_memory_bytes(where),
-    )
-    if record and name is not None:
-        add_evaluation(Path(name), found.to_json())
-    return found
-
-
-def evaluate_tasks(
-    model: str | os.PathLike[str],
-    tasks: Sequence[str],
-    *,
-    limit: int | None = None,
-    device: str = "auto",
-) -> dict[str, dict[str, Any]]:
-    """Scores of tasks of lm-evaluation-harness, see `llmq.harness.run_tasks`.
-
-    Args:
-        model: folder or Hub name, quantized or not.
-        tasks, limit: see there.
-        device: "auto" = the GPU if there is one.
-    """
-    name = check_path(model)
-    check_installed()
-    loaded = open_model(name, pick_device(device))
-    return run_tasks(loaded, open_tokenizer(name), tasks, limit=limit)
 
 
 def correct(
@@ -429,13 +301,6 @@ def correct(
     )
 
 
-def _with_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
-    """`model` with an adapter in place beside its packed layers."""
-    from llmq.peft import load_adapter  # needs the package peft
-
-    return load_adapter(model, os.fspath(folder)).get_base_model()
-
-
 def load(path: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
     """A model of transformers, ready to use; weights that are packed on disk stay packed.
 
@@ -444,13 +309,3 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
         **kwargs: passed on to `hf.load` (`backend`, `fuse`, `head_bits`) and `from_pretrained`.
     """
     return hf.load(check_path(path), **kwargs)
-
-
-def _stored_bits(name: str | None) -> float | None:
-    """Bits per weight of a checkpoint in a local folder; else not known."""
-    if name is None or not any(Path(name).glob("*.safetensors")):
-        return None
-    try:
-        return bits_per_weight(inspect_checkpoint(Path(name)))
-    except FormatError:  # quantized by another tool, in a format that we cannot count
-        return None

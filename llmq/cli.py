@@ -8,20 +8,32 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from llmq import cli_help, cli_measure, cli_plan, cli_share
 from llmq.cli_common import (
     Activations,
+    ActivationsOption,
+    AnyModel,
     AsJson,
+    Bits,
     Bos,
+    Calibration,
     Device,
+    GroupSize,
     Join,
     JoinOption,
     Method,
+    Mixed,
+    NewFolder,
+    Original,
     Quality,
+    Samples,
+    Seed,
+    SeqLen,
+    Skip,
     finish,
     numbers,
     start,
@@ -50,29 +62,23 @@ def root(
 
 
 def quantize(
-    src: Annotated[str, typer.Argument(help="Full-precision model: folder or Hub name.")],
-    out: Annotated[Path, typer.Argument(help="Folder to create.")],
+    src: Original,
+    out: NewFolder,
     quality: Annotated[
         Quality | None, typer.Option(help="How much effort, see above. (default: balanced)")
     ] = None,
     method: Annotated[
         Method | None, typer.Option(help="Instead of a quality: a method by name.")
     ] = None,
-    bits: Annotated[
-        float, typer.Option(help="8, 4, 3 or 2 bits per weight; between them, an average.")
-    ] = 4,
-    mixed: Annotated[
-        bool, typer.Option("--mixed", help="Bits are an average even if a whole number.")
-    ] = False,
+    bits: Bits = 4,
+    mixed: Mixed = False,
     target_size: Annotated[
         str | None, typer.Option(help="Instead of bits: what the weights may take, as 500MB.")
     ] = None,
     widths: Annotated[
         str, typer.Option(metavar="N,N...", help="What an average is made of; vLLM reads 4,8.")
     ] = "2,3,4,8",
-    group_size: Annotated[
-        int, typer.Option(help="Weights that share a scale: 32, 64, 128; -1 = a whole row.")
-    ] = 128,
+    group_size: GroupSize = 128,
     symmetric: Annotated[
         bool,
         typer.Option(
@@ -80,13 +86,9 @@ def quantize(
             help="Without zero points (every engine loads it) or with (loses less).",
         ),
     ] = True,
-    calibration: Annotated[
-        str | None, typer.Option(help=f"Text to calibrate on: {cli_help.TEXT}")
-    ] = None,
-    samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 128,
-    seq_len: Annotated[
-        int | None, typer.Option(help="Tokens per window. (default: 512, or the model's limit)")
-    ] = None,
+    calibration: Calibration = None,
+    samples: Samples = 128,
+    seq_len: SeqLen = None,
     lm_head: Annotated[
         bool, typer.Option("--lm-head/--no-lm-head", help="Quantize the output layer too.")
     ] = False,
@@ -94,17 +96,12 @@ def quantize(
         int | None,
         typer.Option(metavar="BITS", help="8: round the input embeddings too; not for vLLM."),
     ] = None,
-    skip: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATTERN", help="Layers to leave as they are; repeatable."),
-    ] = None,
+    skip: Skip = None,
     device: Device = "auto",
-    seed: Annotated[int, typer.Option(help="Which windows of the text are used.")] = 0,
+    seed: Seed = 0,
     join: JoinOption = Join.documents,
     bos: Bos = None,
-    activations: Annotated[
-        Activations, typer.Option(help="Where the calibration's hidden states are kept.")
-    ] = Activations.memory,
+    activations: ActivationsOption = Activations.memory,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Forget an unfinished run; else it is continued.")
     ] = False,
@@ -125,8 +122,7 @@ def quantize(
             style="yellow",
             soft_wrap=True,
         )
-    from llmq import api, hub
-    from llmq.report import size, table
+    from llmq import api, hub, measure
 
     if push_to is not None:
         hub.check_access(push_to)  # before the work, not after it
@@ -156,7 +152,25 @@ def quantize(
         progress=True,
         tell=lambda line: console.print(line, highlight=False, soft_wrap=True),
     )
-    layers = report.pop("layers")
+    _show(console, report, report.pop("layers"), out, src)
+    if eval_text is not None:
+        found = measure.evaluate(
+            str(out), eval_text, reference=src, record=True, device=device, progress=True
+        )
+        cli_measure.show(console, found)
+        report["evaluations"] = [found.to_json()]
+    if push_to is not None:
+        pushed = hub.push(out, push_to, private=private)
+        console.print(f"Pushed to {pushed.url}", highlight=False, soft_wrap=True)
+    finish(report, as_json)
+
+
+def _show(
+    console: Any, report: dict[str, Any], layers: list[dict[str, Any]], out: Path, src: str
+) -> None:
+    """What was done: the worst layers, the experts, and one line."""
+    from llmq.report import size, table
+
     worst = sorted(layers, key=lambda layer: -layer["error"])[:5]
     rows = [(layer["name"], f"{layer['error']:.2e}") for layer in worst]
     console.print(table("Largest relative output errors", ["layer", "error"], rows))
@@ -173,20 +187,10 @@ def quantize(
         highlight=False,
         soft_wrap=True,
     )
-    if eval_text is not None:
-        found = api.evaluate(
-            str(out), eval_text, reference=src, record=True, device=device, progress=True
-        )
-        cli_measure.show(console, found)
-        report["evaluations"] = [found.to_json()]
-    if push_to is not None:
-        pushed = hub.push(out, push_to, private=private)
-        console.print(f"Pushed to {pushed.url}", highlight=False, soft_wrap=True)
-    finish(report, as_json)
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="Quantized or not: folder or Hub name.")],
+    model: AnyModel,
     prompt: Annotated[str, typer.Option(help="Where the text starts.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 100,
     temperature: Annotated[

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from llmq import cli_help
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,10 +46,34 @@ class Activations(str, Enum):
     disk = "disk"
 
 
+# Options of more than one command; where a name was taken by an enum, it ends in Option.
+AnyModel = Annotated[str, typer.Argument(help="Quantized or not: folder or Hub name.")]
+Original = Annotated[str, typer.Argument(help="Full-precision model: folder or Hub name.")]
+NewFolder = Annotated[Path, typer.Argument(help="Folder to create.")]
+Bits = Annotated[
+    float, typer.Option(help="8, 4, 3 or 2 bits per weight; between them, an average.")
+]
+Mixed = Annotated[bool, typer.Option("--mixed", help="Bits are an average even if a whole number.")]
+GroupSize = Annotated[
+    int, typer.Option(help="Weights that share a scale: 32, 64, 128; -1 = a whole row.")
+]
+Symmetric = Annotated[bool, typer.Option("--symmetric/--asymmetric")]
+Calibration = Annotated[str | None, typer.Option(help=f"Text to calibrate on: {cli_help.TEXT}")]
+Samples = Annotated[int, typer.Option(help="Windows of calibration text.")]
+SeqLen = Annotated[
+    int | None, typer.Option(help="Tokens per window. (default: 512, or the model's limit)")
+]
+Seed = Annotated[int, typer.Option(help="Which windows of the text are used.")]
+Skip = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="Layers to leave as they are; repeatable."),
+]
+ActivationsOption = Annotated[
+    Activations, typer.Option(help="Where the calibration's hidden states are kept.")
+]
 AsJson = Annotated[
     bool, typer.Option("--json", help="End standard output with one JSON object on one line.")
 ]
-
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; auto = the GPU if there is one.")]
 JoinOption = Annotated[
     Join, typer.Option(help="wikitext: the text is a raw file of wikitext; join rows as papers do.")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from llmq import cli_help
-from llmq.cli_common import AsJson, Bos, Device, Join, JoinOption, finish, numbers, start
+from llmq.cli_common import AnyModel, AsJson, Bos, Device, Join, JoinOption, finish, numbers, start
 
 
 class Protocol(str, Enum):
@@ -23,7 +23,7 @@ class Protocol(str, Enum):
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Quantized or not: folder or Hub name.")],
+    model: AnyModel,
     text: Annotated[
         str | None, typer.Option(help=f"Text the model has not seen: {cli_help.TEXT}")
     ] = None,
@@ -56,14 +56,14 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     console = start(as_json)
-    from llmq import api
+    from llmq import measure
 
     if tasks is not None:
-        scores = api.evaluate_tasks(model, tasks.split(","), limit=limit, device=device)
+        scores = measure.evaluate_tasks(model, tasks.split(","), limit=limit, device=device)
         _show_tasks(console, scores)
         finish({"tasks": scores}, as_json)
         return
-    found = api.evaluate(
+    found = measure.evaluate(
         model,
         text,
         seq_len=seq_len,

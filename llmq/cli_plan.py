@@ -4,20 +4,30 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from llmq import cli_help
 from llmq.cli_common import (
     Activations,
+    ActivationsOption,
     AsJson,
+    Bits,
     Bos,
     Device,
+    GroupSize,
     Join,
     JoinOption,
     Method,
+    Mixed,
+    Original,
     Quality,
+    Samples,
+    Seed,
+    SeqLen,
+    Skip,
+    Symmetric,
     finish,
     numbers,
     start,
@@ -25,45 +35,30 @@ from llmq.cli_common import (
 
 
 def plan(
-    src: Annotated[str, typer.Argument(help="Full-precision model: folder or Hub name.")],
+    src: Original,
     quality: Annotated[
         Quality | None, typer.Option(help="How much effort. (default: balanced)")
     ] = None,
     method: Annotated[Method | None, typer.Option(help="Instead of a quality.")] = None,
-    bits: Annotated[
-        float, typer.Option(help="8, 4, 3 or 2 bits per weight; between them, an average.")
-    ] = 4,
-    mixed: Annotated[
-        bool, typer.Option("--mixed", help="Bits are an average even if a whole number.")
-    ] = False,
-    group_size: Annotated[
-        int, typer.Option(help="Weights that share a scale: 32, 64, 128; -1 = a whole row.")
-    ] = 128,
-    symmetric: Annotated[bool, typer.Option("--symmetric/--asymmetric")] = True,
-    samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 128,
-    seq_len: Annotated[
-        int | None, typer.Option(help="Tokens per window. (default: 512, or the model's limit)")
-    ] = None,
+    bits: Bits = 4,
+    mixed: Mixed = False,
+    group_size: GroupSize = 128,
+    symmetric: Symmetric = True,
+    samples: Samples = 128,
+    seq_len: SeqLen = None,
     lm_head: Annotated[bool, typer.Option("--lm-head/--no-lm-head")] = False,
     embeddings: Annotated[int | None, typer.Option(metavar="BITS")] = None,
-    skip: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATTERN", help="Layers to leave as they are; repeatable."),
-    ] = None,
+    skip: Skip = None,
     tensor_parallel: Annotated[
         str, typer.Option(metavar="N,N...", help="GPUs that shall share the result.")
     ] = "1,2,4,8",
-    activations: Annotated[
-        Activations, typer.Option(help="Where the calibration's hidden states are kept.")
-    ] = Activations.memory,
+    activations: ActivationsOption = Activations.memory,
     device: Device = "auto",
     out: Annotated[Path, typer.Option(help="Where it shall be written.")] = Path(),
     as_json: AsJson = False,
 ) -> None:
     console = start(as_json)
     from llmq import api
-    from llmq.progress import duration
-    from llmq.report import size, table
 
     found = api.plan(
         src,
@@ -83,6 +78,17 @@ def plan(
         tensor_parallel=numbers("--tensor-parallel", tensor_parallel),
         out=out,
     )
+    _show(console, found)
+    finish(found.to_json(), as_json)
+    if any(problem.fatal for problem in found.problems):
+        raise typer.Exit(1)
+
+
+def _show(console: Any, found: Any) -> None:
+    """A plan as tables, and its problems."""
+    from llmq.progress import duration
+    from llmq.report import size, table
+
     rows = [
         ("weights", f"{found.parameters:,}"),
         ("matrices to quantize", f"{found.matrices} ({found.quantized_weights:,} weights)"),
@@ -104,16 +110,13 @@ def plan(
         text = f"{problem.where}: {problem.what}. Use {problem.fix}."
         style = "red" if problem.fatal else "yellow"
         console.print(text, style=style, highlight=False, soft_wrap=True)
-    finish(found.to_json(), as_json)
-    if any(problem.fatal for problem in found.problems):
-        raise typer.Exit(1)
 
 
 def sensitivity(
-    src: Annotated[str, typer.Argument(help="Full-precision model: folder or Hub name.")],
+    src: Original,
     bits: Annotated[float, typer.Option(help="Average for the allocation shown.")] = 4,
     group_size: Annotated[int, typer.Option(help="Weights that share a scale.")] = 128,
-    symmetric: Annotated[bool, typer.Option("--symmetric/--asymmetric")] = True,
+    symmetric: Symmetric = True,
     calibration: Annotated[str | None, typer.Option(help=f"Text: {cli_help.TEXT}")] = None,
     samples: Annotated[int, typer.Option(help="Windows of text, 32 at most are used.")] = 32,
     seq_len: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
@@ -121,7 +124,7 @@ def sensitivity(
         list[str] | None, typer.Option(metavar="PATTERN", help="Layers to leave as they are.")
     ] = None,
     device: Device = "auto",
-    seed: Annotated[int, typer.Option(help="Which windows of the text are used.")] = 0,
+    seed: Seed = 0,
     join: JoinOption = Join.documents,
     bos: Bos = None,
     as_json: AsJson = False,

@@ -9,8 +9,16 @@ from typing import Annotated
 
 import typer
 
-from llmq import cli_help
-from llmq.cli_common import AsJson, finish, start
+from llmq.cli_common import (
+    AsJson,
+    Calibration,
+    NewFolder,
+    Original,
+    Samples,
+    SeqLen,
+    finish,
+    start,
+)
 from llmq.errors import SchemeError
 
 
@@ -33,7 +41,7 @@ class Embeddings(str, Enum):
 
 def convert(
     src: Annotated[str, typer.Argument(metavar="IN", help="Quantized: folder or Hub name.")],
-    out: Annotated[Path, typer.Argument(help="Folder to create.")],
+    out: NewFolder,
     format: Annotated[Format, typer.Option(help="Layout of the result, see above.")],
     embeddings: Annotated[
         Embeddings | None, typer.Option(help="gguf: type of embeddings and head. (default: f16)")
@@ -130,17 +138,13 @@ def compare(
 
 
 def correct(
-    original: Annotated[str, typer.Argument(help="Full-precision model: folder or Hub name.")],
+    original: Original,
     quantized: Annotated[str, typer.Argument(help="What was made of it.")],
     out: Annotated[Path, typer.Argument(help="Folder to create, for the adapter.")],
     rank: Annotated[int, typer.Option(help="Of the correction; its size grows with it.")] = 32,
-    calibration: Annotated[
-        str | None, typer.Option(help=f"Text to calibrate on: {cli_help.TEXT}")
-    ] = None,
-    samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 128,
-    seq_len: Annotated[
-        int | None, typer.Option(help="Tokens per window. (default: 512, or the model's limit)")
-    ] = None,
+    calibration: Calibration = None,
+    samples: Samples = 128,
+    seq_len: SeqLen = None,
     device: Annotated[str, typer.Option(help="cpu, cuda ...; auto = the GPU if any.")] = "auto",
     as_json: AsJson = False,
 ) -> None:

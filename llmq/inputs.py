@@ -27,6 +27,7 @@ from llmq.text import Source, describe
 from llmq.verify import fingerprint
 
 SEQ_LEN = 512  # tokens of a calibration window, if nobody says
+_RTN_SAMPLES = 8  # rounding needs no text; these only measure the error that it made
 
 # What the identity of a run has under names of its own.
 _TOLD: dict[str, Any] = {
@@ -99,6 +100,11 @@ def read_calibration(
     }
     judge = (spare if len(spare) else windows)[-1:, :TOKENS]
     return Calibration(windows, judge, bool(len(spare)), told)
+
+
+def windows_for(method: str, samples: int) -> int:
+    """How many of `samples` windows a method makes use of."""
+    return min(samples, _RTN_SAMPLES) if method == "rtn" else samples
 
 
 def window_length(config: Any, seq_len: int | None, default: int) -> int:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -26,6 +26,7 @@ from llmq.refine import finish
 from llmq.report import (
     expert_coverage,
     layer_entry,
+    peak_memory_bytes,
     read_report,
     write_report,
 )
@@ -36,44 +37,76 @@ from llmq.stream import Streamed
 from llmq.verify import check, seal
 
 
-def preflight(
-    name: str,
-    source: StoredModel,
-    config: Any,
-    recipe: Recipe,
-    text: Calibration,
-    device: str,
-    work: Workplace,
-    *,
-    spill: bool,
-    average: float | None,
-    tell: Callable[[str], None] | None,
-) -> None:
+@dataclass(frozen=True)
+class Run:
+    """What is to be done.
+
+    Attributes:
+        name: of the model, as the user gave it.
+        config: of transformers.
+        source: its weights.
+        method: name of the recipe.
+        recipe: what to do to it.
+        text: what it is calibrated on.
+        device: where blocks are solved.
+        work: where the result is made.
+        spill: hidden states are kept in files.
+    """
+
+    name: str
+    config: Any
+    source: StoredModel
+    method: str
+    recipe: Recipe
+    text: Calibration
+    device: str
+    work: Workplace
+    spill: bool
+
+
+class Solved(NamedTuple):
+    """What `solve` did.
+
+    Attributes:
+        layers: reports.
+        digests: the SHA-256 of every shard.
+        verdict: what the gate says.
+        tuned: how scales were tuned, if they were.
+    """
+
+    layers: list[LayerReport]
+    digests: dict[str, str]
+    verdict: dict[str, Any]
+    tuned: dict[str, Any] | None
+
+
+def preflight(run: Run, average: float | None, tell: Callable[[str], None] | None) -> None:
     """Refuse what cannot work before anything is computed, and tell what it will take.
 
     Args:
-        name: of the model, as the user gave it.
-        average: bits that matrices shall have on average, if their widths are still to be chosen.
+        run: widths of its matrices may still have to be chosen.
+        average: bits that matrices shall have on average then.
         tell: is called with one line.
 
     Raises:
         SchemeError: the recipe does not fit the model.
         MemoryLimitError, OutputError: there is too little memory, or room on the disk.
     """
-    names = quantizable(source.model, recipe.lm_head)
+    recipe = run.recipe
+    names = quantizable(run.source.model, recipe.lm_head)
     check_groups(input_widths(names), recipe.scheme_for)
     embedding_scheme(source.model, recipe)
     if not any(recipe.scheme_for(n) for n in names):
         raise SchemeError(f"skip={list(recipe.skip)}: nothing is left to quantize.")
-    windows, seq_len = share(text.windows, recipe).shape
+    windows, seq_len = share(run.text.windows, recipe).shape
     ahead = plan.make(
-        public_name(name),
-        config,
-        tensor_headers(source.folder),
+        public_name(run.name),
+        run.config,
+        tensor_headers(run.source.folder),
         recipe,
-        out=work.out,
-        job=job(recipe, windows, seq_len, spill, average is not None),
-        device=device,
+        out=run.work.out,
+        job=job(recipe, windows, seq_len, run.spill, average is not None),
+        device=run.device,
         average=average,
         timed=tell is not None,
     )
@@ -82,21 +115,15 @@ def preflight(
         tell(ahead.line())
 
 
-def begin(
-    source: StoredModel,
-    recipe: Recipe,
-    method: str,
-    text: Calibration,
-    device: str,
-    work: Workplace,
-) -> dict[str, Any] | None:
+def begin(run: Run) -> dict[str, Any] | None:
     """Begin or continue a run; its report, if nothing but the last rename was missing.
 
     Raises:
         OutputError: an unfinished run was another one.
     """
+    work = run.work
     if ranks.number() == 0:
-        work.begin(identity(source, recipe, method, text, device))
+        work.begin(identity(run.source, run.recipe, run.method, run.text, run.device))
     work.journal = ranks.of_the_first(getattr(work, "journal", None))
     report = read_report(work.result) if work.journal.complete else None
     if report and ranks.number() == 0:
@@ -104,47 +131,41 @@ def begin(
     return report
 
 
-def solve(
-    source: StoredModel,
-    recipe: Recipe,
-    text: Calibration,
-    device: str,
-    work: Workplace,
-    *,
-    spill: bool,
-    show: bool,
-) -> tuple[list[LayerReport], dict[str, str], dict[str, Any], dict[str, Any] | None] | None:
+def solve(run: Run, *, show: bool) -> Solved | None:
     """Quantize every block that is not finished, and write the checkpoint into `work.result`.
 
     Returns:
-        reports of the layers, the SHA-256 of every shard, what the gate says, and how scales were
-        tuned, if they were; None in a process that does not write.
+        None in a process that does not write.
     """
     first = ranks.number() == 0
-    mine = share(text.windows, recipe)
+    source, recipe, work, device = run.source, run.recipe, run.work, run.device
+    mine = share(run.text.windows, recipe)
     batches = mine.split(batch_windows(*mine.shape))
     blocks, before = len(source.blocks), len(work.journal.blocks)
     with enough_memory():
-        gate = Gate(source, text.judge, device) if first else None
+        gate = Gate(source, run.text.judge, device) if first else None
         with progress_bar("Quantizing", blocks, show=show and first, before=before) as finished:
-            store = Streamed(source, work, gate, spill, finished)
+            store = Streamed(source, work, gate, run.spill, finished)
             layers = list(quantize(source.model, batches, recipe, device, store))
         if not first:
             return None
-        return layers, *finish(store, source, work, batches, recipe.scales, device, show)
+        return Solved(layers, *finish(store, source, work, batches, recipe.scales, device, show))
 
 
-def outcome(folder: Path, layers: Sequence[LayerReport]) -> dict[str, Any]:
-    """What a report says about versions and layers."""
-    stored = inspect_checkpoint(folder)
+def outcome(run: Run, solved: Solved) -> dict[str, Any]:
+    """What a report says about the result, and about memory and versions."""
+    stored = inspect_checkpoint(run.work.result)
     return {
+        "peak_memory_bytes": peak_memory_bytes(run.device),
+        "judged": {**solved.verdict, "held_out": run.text.held_out},
+        "scale_tuning": solved.tuned,
         "llmq": llmq.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "bits_per_weight": bits_per_weight(stored),
         "bytes": sum(layer.bytes for layer in stored),
-        "expert_coverage": expert_coverage(layers),
-        "layers": [layer_entry(layer) for layer in layers],
+        "expert_coverage": expert_coverage(solved.layers),
+        "layers": [layer_entry(layer) for layer in solved.layers],
     }
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmq import api, demo
+from llmq import api, demo, measure
 from llmq.errors import SourceError
 from llmq.evaluate import Evaluation
 from llmq.generate import generate
@@ -61,7 +61,7 @@ def run(out: Path) -> Iterator[Trial]:
         raise SourceError(f"{source}: the embedded model is missing; reinstall llmq.")
     reference = open_model(str(source))
     common: dict[str, Any] = {"seq_len": 256, "windows": WINDOWS, "device": "cpu"}
-    result = api.evaluate(source, **common)
+    result = measure.evaluate(source, **common)
     yield Trial("full precision", _bytes(source), 0.0, result)
     for bits in BITS:
         for name, way in WAYS.items():
@@ -78,7 +78,7 @@ def run(out: Path) -> Iterator[Trial]:
                 device="cpu",
             )
             seconds = time.perf_counter() - start
-            result = api.evaluate(folder, reference=reference, **common)
+            result = measure.evaluate(folder, reference=reference, **common)
             yield Trial(f"{name} {bits}-bit g64", _bytes(folder), seconds, result)
 
 

@@ -62,15 +62,17 @@ def open_config(src: str) -> Any:
     return config
 
 
-def full_precision(config: Any, src: str) -> Any:
-    """`config`, if its model is not quantized.
+def open_original(src: str | os.PathLike[str]) -> tuple[str, Any]:
+    """Checked name and configuration of a model that is not quantized.
 
     Raises:
-        SourceError: it is.
+        SourceError: as `check_path` and `open_config`, or it is quantized.
     """
+    name = check_path(src)
+    config = open_config(name)
     if getattr(config, "quantization_config", None):
-        raise SourceError(f"{src}: already quantized. Give the full-precision model.")
-    return config
+        raise SourceError(f"{name}: already quantized. Give the full-precision model.")
+    return name, config
 
 
 def source_headers(src: str) -> dict[str, Header]:

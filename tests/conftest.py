@@ -1,9 +1,11 @@
-"""Fixtures for tests of the command line. Two processes run them, one thread in each."""
+"""Seeds for all tests and fixtures of the command line. Two processes run, one thread in each."""
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers.utils import logging
@@ -14,6 +16,26 @@ from llmq.cli import main
 torch.set_num_threads(1)
 
 QUICK = ["--samples", "4", "--seq-len", "64", "--group-size", "64"]
+SEED = 1234  # not that of the models in zoo.py, whose weights a test would draw again
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup() -> None:
+    """What a fixture draws depends on no test and on no other fixture."""
+    seed()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    """What a test draws depends on no other test and on no fixture."""
+    seed()
+
+
+def seed() -> None:
+    """Start the global random generators anew."""
+    random.seed(SEED)
+    np.random.seed(SEED)
+    torch.manual_seed(SEED)
 
 
 @pytest.fixture(scope="session")

@@ -50,7 +50,6 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("group", [32, 64, 128, -1])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_a_layer_is_rebuilt_bit_for_bit(on_gpu, bits: int, group: int, symmetric: bool) -> None:
-    torch.manual_seed(bits)
     dense = nn.Linear(384 if group == 128 else 320, 70, dtype=torch.bfloat16)
     layer = PackedLinear.from_linear(dense, QuantScheme(bits, group, symmetric))
     before, value = tensors(layer), layer.quantized()
@@ -73,7 +72,6 @@ def test_a_layer_is_rebuilt_bit_for_bit(on_gpu, bits: int, group: int, symmetric
 
 
 def test_gradients_casts_copies_and_loading(on_gpu) -> None:
-    torch.manual_seed(0)
     dense = nn.Linear(128, 64, dtype=torch.bfloat16)
     layer = PackedLinear.from_linear(dense, QuantScheme(4, 32, False))
     W, before = layer.dequantize(torch.float32), tensors(layer)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import zoo
 
-from llmq import api, demo, hf
+from llmq import api, demo, hf, measure
 from llmq.convert import convert
 from llmq.gguf_file import write_gguf
 from llmq.stored import inspect_checkpoint
@@ -45,7 +45,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def test_8_bits_lose_next_to_nothing(checkpoints):
     for name, folder in checkpoints.items():
-        found = api.evaluate(folder, windows=4, seq_len=128, reference=demo.model_path())
+        found = measure.evaluate(folder, windows=4, seq_len=128, reference=demo.model_path())
         assert found.kl is not None
         assert found.kl < 1e-3, name
         assert found.top1 is not None

@@ -24,7 +24,6 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def layers() -> list[PackedLinear]:
     """Every format, from one small dense layer."""
-    torch.manual_seed(0)
     dense = nn.Linear(128, 70, dtype=torch.bfloat16)
     return [
         PackedLinear.from_linear(dense, QuantScheme(bits, group, symmetric))

@@ -84,7 +84,7 @@ def test_seventy_billion_weights_are_planned_without_reading_one() -> None:
     assert found.parameters == 70_553_706_496
     assert found.matrices == 560
     assert 37e9 < found.output_bytes < 40e9
-    assert not found.problems
+    assert all(problem.where == "disk" for problem in found.problems)  # 40 GB may be missing here
     [disk] = plan.disk_problems(".", 10**18)
     assert disk.fatal
 

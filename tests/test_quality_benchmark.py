@@ -72,8 +72,9 @@ def test_ratios_are_taken_setting_by_setting():
     assert 0.89 < closed["share"] < 0.91
 
 
-def test_the_plot_is_the_same_every_time(tmp_path):
+def test_the_plot_is_the_same_every_time(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(BENCHMARKS)
     report = module("quality_report.py")
     for name in "ab":
         report.plot(ROWS, tmp_path / f"{name}.svg")
