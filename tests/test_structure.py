@@ -38,7 +38,7 @@ LEVELS = [
     {"linear"},
     {"experts"},
     {"nn", "solvers", "solvers.grid", "formats.layouts"},
-    {"fuse", "peft", "adapters", "store", "solvers.rtn", "solvers.gptq"},
+    {"division", "fuse", "peft", "adapters", "store", "solvers.rtn", "solvers.gptq"},
     {"blocks", "correction", "solvers.descent"},
     {"solvers.awq_pairs", "residual", "retry"},
     {"solvers.awq", "objective", "sensitivity"},
