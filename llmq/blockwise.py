@@ -3,7 +3,7 @@
 fold AWQ factors into it               (optional; solvers.awq)
 for each group of linears that read one tensor, in the order in which they run:
     H = second moment of that tensor   (moments; the block is run up to there)
-    solve every linear of the group    (solvers)
+    solve every linear of the group    (solvers; each process of a run its part: division)
     run with the quantized weights from here on
 tune codes and scales together         (optional; tuning_blocks)
 """
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from llmq import ranks
 from llmq.adapters import as_linears, run_copy, shared_copy
 from llmq.blocks import (
     Call,
@@ -27,12 +28,13 @@ from llmq.blocks import (
     run_block,
     shared_input_groups,
 )
+from llmq.division import Piece, Solved, divide, exchange, joined
 from llmq.errors import IntegrityError, NonFiniteError
 from llmq.moments import quadratic
 from llmq.objective import Problem, Twin, posed
 from llmq.recipe import Recipe
 from llmq.retry import Effort
-from llmq.scheme import QuantizedWeight, QuantScheme
+from llmq.scheme import QuantizedWeight, QuantScheme, empty
 from llmq.solvers import Solver
 from llmq.store import LayerReport
 from llmq.tuning_blocks import tune_block
@@ -152,35 +154,67 @@ def _solve_group(
 ) -> Iterator[tuple[str, list[LayerReport], list[QuantizedWeight]]]:
     """Solve linears that read the same tensor and give `work` their quantized weights.
 
-    Rows never interact, so linears with one scheme are solved as one tall matrix. `problems` is
-    emptied on the way. Yields per linear its name, and one report and one result for each of its
-    experts (one if it has none).
+    Every process of the run solves a part of them. `problems` is emptied on the way. Yields per
+    linear its name, and one report and one result for each of its experts (one if it has none).
     """
-    reports: dict[str, list[LayerReport]] = {n: [] for n in schemes}
-    results: dict[str, list[QuantizedWeight]] = {n: [] for n in schemes}
-    several = len(problems) > 1
-    e = 0
-    while problems:
-        problem = problems.pop(0)
-        H, tokens = problem.H, problem.tokens
-        targets = {n: problem.target(_matrix(view, n, e).to(H.device)) for n in schemes}
-        moment = problem.moment()
-        del problem  # what targets are made of may be as large as what solving takes
-        for scheme in dict.fromkeys(schemes.values()):
-            names = [n for n in schemes if schemes[n] == scheme]
-            start = time.perf_counter()
-            weights = [targets.pop(n) for n in names]
-            tall = solver.solve(torch.cat(weights), moment, scheme)
-            seconds = (time.perf_counter() - start) / len(names)
-            for n, W, q in zip(names, weights, _split(tall, weights), strict=True):
-                _matrix(work, n, e).copy_(q.dequantize())
-                label = _expert_name(n, e) if several else n
-                error = relative_error(W, q, H)
-                reports[n].append(LayerReport(label, q.shape, scheme, error, tokens, seconds))
-                results[n].append(q)
-        e += 1
+    device, K = problems[0].H.device, len(problems[0].H)
+    tokens = [problem.tokens for problem in problems]
+    rows = {n: len(_matrix(view, n, 0)) for n in schemes}
+    shares = divide(rows, K, len(tokens), ranks.count())
+    mine: dict[Piece, Solved] = {}
+    for e in range(len(tokens)):
+        own = [piece for piece in shares[ranks.number()] if piece.expert == e]
+        mine |= _solve_pieces(view, own, schemes, problems, solver)
+
+    def blank(piece: Piece) -> QuantizedWeight:
+        dtype = _matrix(view, piece.name, piece.expert).dtype
+        return empty(schemes[piece.name], (piece.stop - piece.start, K), dtype, device)
+
+    found = exchange(shares, mine, blank)
     for n in schemes:
-        yield n, reports[n], results[n]
+        results, reports = [], []
+        for e, count in enumerate(tokens):
+            own = [piece for piece in found if (piece.name, piece.expert) == (n, e)]
+            parts = [found[piece] for piece in sorted(own, key=lambda piece: piece.start)]
+            q = joined([part.value for part in parts])
+            _matrix(work, n, e).copy_(q.dequantize())
+            label = _expert_name(n, e) if len(tokens) > 1 else n
+            error = ratio(sum(part.lost for part in parts), sum(part.size for part in parts))
+            seconds = sum(part.seconds for part in parts)
+            reports.append(LayerReport(label, q.shape, schemes[n], error, count, seconds))
+            results.append(q)
+        yield n, reports, results
+
+
+def _solve_pieces(
+    view: nn.Module,
+    pieces: Sequence[Piece],
+    schemes: dict[str, QuantScheme],
+    problems: list[Problem],
+    solver: Solver,
+) -> dict[Piece, Solved]:
+    """Solve rows of matrices, all for the first of `problems`, which is taken away.
+
+    Rows never interact, so those with one scheme are solved as one tall matrix.
+    """
+    problem, found = problems.pop(0), {}
+    if not pieces:
+        return found
+    H = problem.H
+    matrices = {p.name: _matrix(view, p.name, p.expert) for p in pieces}
+    targets = {n: problem.target(W.to(H.device)) for n, W in matrices.items()}
+    moment = problem.moment()
+    del problem  # what targets are made of may be as large as what solving takes
+    for scheme in dict.fromkeys(schemes[piece.name] for piece in pieces):
+        own = [piece for piece in pieces if schemes[piece.name] == scheme]
+        start = time.perf_counter()
+        weights = [targets[p.name][p.start : p.stop] for p in own]
+        targets = {n: W for n, W in targets.items() if schemes[n] != scheme}
+        tall = solver.solve(torch.cat(weights), moment, scheme)
+        seconds = (time.perf_counter() - start) / len(own)
+        for piece, W, q in zip(own, weights, _split(tall, weights), strict=True):
+            found[piece] = Solved(q, *squares(W, q, H), seconds)
+    return found
 
 
 def _with(
@@ -201,12 +235,22 @@ def _expert_name(stack: str, expert: int) -> str:
 
 def relative_error(W: Tensor, q: QuantizedWeight, H: Tensor) -> float:
     """tr(D H D^T) / tr(W H W^T) with D = dequantized - W; 0 if the layer's output is 0."""
+    return ratio(*squares(W, q, H))
+
+
+def squares(W: Tensor, q: QuantizedWeight, H: Tensor) -> tuple[float, float]:
+    """tr(D H D^T) and tr(W H W^T) with D = dequantized - W."""
     lost = size = 0.0
     for rows in q.slices():
         part = W[rows].float()
         delta = q.rows(rows).dequantize(torch.float32) - part
         size += float(quadratic(part, H).sum())
         lost += float(quadratic(delta, H).sum())
+    return lost, size
+
+
+def ratio(lost: float, size: float) -> float:
+    """How much of a size was lost; 0 if there is none."""
     return lost / size if size > 0 else 0.0
 
 

@@ -71,6 +71,9 @@ def second_moments(inputs: Iterable[Tensor | Sequence[Tensor]]) -> list[tuple[Te
 
     Returns:
         one (H, count), or E of them, over all processes of the run.
+
+    Raises:
+        torch.OutOfMemoryError: in this process or in another one.
     """
     sums: list[SecondMoment] = []
     for batch in inputs:
@@ -79,6 +82,7 @@ def second_moments(inputs: Iterable[Tensor | Sequence[Tensor]]) -> list[tuple[Te
             sums = [SecondMoment(x.shape[-1], x.device) for x in tensors]
         for moment, x in zip(sums, tensors, strict=True):
             moment.add(x)
+    ranks.meet()
     for moment in sums:
         moment.add_up()
     return [(moment.finish(), moment.count) for moment in sums]

@@ -226,6 +226,7 @@ def posed(
     for b, ((x, h), (full_x, full_h)) in enumerate(zip(quantized, full, strict=True)):
         missing = None if h is None or full_h is None else full_h.float() - h.float()
         (judge if is_held_out(b, len(calls)) else fit).add(x, full_x, missing)
+    ranks.meet()
     fit.add_up()
     judge.add_up()
     return [Matching.of(fit, judge)]

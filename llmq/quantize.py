@@ -92,7 +92,7 @@ def quantize(
         block, name = store.open(i), f"{prefix}.{i}"
         calls = recording.calls[i]
         job = BlockJob(block, name, streams, calls, probes.calls[i][0], recipe, store.lean)
-        solution = retries.run(name, job.solve)
+        solution = retries.run(name, job.solve, together=True)
         yield from solution.reports
         _advance(solution, name, streams, calls, retries)
         store.close(i, block, solution.solved, solution.reports)

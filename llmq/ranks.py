@@ -1,4 +1,4 @@
-"""Several processes that make one run: each reads a share of the calibration text.
+"""Several processes that make one run: each reads a share of the text and solves a share of it all.
 
 They are started by torchrun and talk through torch.distributed (gloo on CPUs, NCCL on GPUs). With
 one process nothing here does anything.
@@ -6,6 +6,7 @@ one process nothing here does anything.
 
 from __future__ import annotations
 
+import platform
 import signal
 import threading
 from collections.abc import Iterator
@@ -24,17 +25,41 @@ _ENDED = (
 )
 
 
+class OutOfMemoryElsewhere(torch.OutOfMemoryError):
+    """Another process has too little memory for what all of them are about to do."""
+
+
 def join(device: str) -> None:
     """Join the processes that torchrun has started; nothing if it has not.
 
     If one of them ends, torchrun stops the others with a signal, which becomes a ProcessError: what
-    they have finished is kept, and their locks are freed.
+    they have finished is kept, and their locks are freed. Of several GPUs, "cuda" means in each
+    process the one with its number from now on.
+
+    Raises:
+        ProcessError: there are fewer GPUs than processes.
     """
     if distributed.is_available() and distributed.is_torchelastic_launched():
         if not distributed.is_initialized():
-            distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+            gpu = device.startswith("cuda")
+            distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+            if device == "cuda":
+                torch.cuda.set_device(own_gpu(torch.cuda.device_count()))
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, _stopped)
+
+
+def own_gpu(gpus: int) -> int:
+    """The GPU of this process, if its machine has so many.
+
+    Raises:
+        ProcessError: more processes run there.
+    """
+    machines = everyones(platform.node())
+    here = machines[number()]
+    if machines.count(here) > gpus:
+        raise ProcessError(f"There are {gpus} GPUs on {here}: use --nproc-per-node {gpus} at most.")
+    return machines[: number()].count(here)
 
 
 def _stopped(*_: object) -> NoReturn:
@@ -63,6 +88,35 @@ def add_up(tensor: Tensor) -> Tensor:
 def add_up_number(value: int, device: torch.device) -> int:
     """The sum of a number over all processes."""
     return int(add_up(torch.tensor([value], device=device)))
+
+
+def highest(value: int) -> int:
+    """The largest of the numbers that the processes give."""
+    if count() == 1:
+        return value
+    tensor = torch.tensor([value])
+    with _others_alive():
+        distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
+    return int(tensor)
+
+
+def meet(full: bool = False) -> None:
+    """Wait for all processes, before each gives the others something.
+
+    Args:
+        full: whether this one will not do so, since it has run out of memory.
+
+    Raises:
+        OutOfMemoryElsewhere: that is true of any of them.
+    """
+    if highest(int(full)):
+        raise OutOfMemoryElsewhere("Another process of this run has too little memory.")
+
+
+def fill_from(owner: int, tensor: Tensor) -> None:
+    """Give a contiguous tensor, in all processes, the values that it has in process `owner`."""
+    with _others_alive():
+        distributed.broadcast(tensor.view(torch.uint8), owner)
 
 
 def everyones(value: T) -> list[T]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from llmq import ranks
 from llmq.adapters import run_dtype
 from llmq.blocks import Call
 
@@ -79,27 +82,43 @@ class Retries:
         self._level = 0
         self._told: set[int] = set()
 
-    def run(self, name: str, step: Callable[[Effort], T], first: Effort | None = None) -> T:
+    def run(
+        self,
+        name: str,
+        step: Callable[[Effort], T],
+        first: Effort | None = None,
+        together: bool = False,
+    ) -> T:
         """What `step` returns.
 
         Args:
             name: of the block, for the one line that is logged.
             step: may raise torch.OutOfMemoryError, and must not have changed anything then.
             first: begin with this effort.
+            together: all processes of the run take this step, and meet on the way; if one of them
+                has too little memory, all begin again.
 
         Raises:
             torch.OutOfMemoryError: it does so on the CPU too.
         """
         level = self._level if first is None else self.efforts.index(first)
+        if together:
+            level = ranks.highest(level)
+        attempt = partial(_and_meet, step) if together else step
         while True:
             try:
-                return step(self.efforts[level])
-            except torch.OutOfMemoryError:
+                return attempt(self.efforts[level])
+            except torch.OutOfMemoryError as error:
+                elsewhere = isinstance(error, ranks.OutOfMemoryElsewhere)
                 if level + 1 == len(self.efforts):
                     raise
             # Here the exception, and with it all that its frames held, is gone.
             level += 1
-            self._tell(name, level)
+            if not elsewhere:
+                self._tell(name, level)
+                if together:
+                    with suppress(ranks.OutOfMemoryElsewhere):
+                        ranks.meet(full=True)
             self._level = max(self._level, min(level, 1))
             if self.efforts[0].device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -110,3 +129,9 @@ class Retries:
             how = "one window at a time from here on", "on the CPU where that is not enough"
             device = self.efforts[0].device
             logger.warning("%s: out of memory on %s; going on %s.", name, device, how[level - 1])
+
+
+def _and_meet(step: Callable[[Effort], T], effort: Effort) -> T:
+    found = step(effort)
+    ranks.meet()
+    return found

@@ -177,6 +177,20 @@ class QuantizedWeight:
         return weight if self.order is None else weight[:, self.order.argsort()]
 
 
+def empty(
+    scheme: QuantScheme, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> QuantizedWeight:
+    """A matrix (N, K) that is yet to be filled, with scales in `dtype`."""
+    N, K = shape
+    groups = K // scheme.group_width(K)
+    return QuantizedWeight(
+        scheme,
+        torch.empty(N, K, dtype=torch.uint8, device=device),
+        torch.empty(N, groups, dtype=dtype, device=device),
+        torch.empty(N, groups, dtype=torch.uint8, device=device),
+    )
+
+
 def grouped(W: Tensor, scheme: QuantScheme) -> Tensor:
     """View a matrix (N, K) as its groups (N, K/G, G).
 

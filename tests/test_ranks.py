@@ -61,6 +61,7 @@ def test_shares_of_the_text_add_up(name, processes, tmp_path):
 SUMS = """
 import torch
 from llmq import ranks
+from llmq.errors import ProcessError
 from llmq.journal import Workplace
 from llmq.moments import second_moments
 ranks.join("cpu")
@@ -70,6 +71,14 @@ assert count == 40
 torch.testing.assert_close(H, x.T @ x / 40, rtol=1e-6, atol=1e-6)
 assert ranks.everyones(ranks.number()) == list(range(ranks.count()))
 assert ranks.of_the_first(f"from {ranks.number()}") == "from 0"
+assert ranks.highest(ranks.number()) == ranks.count() - 1
+assert ranks.own_gpu(8) == ranks.number()
+try:
+    ranks.own_gpu(1)
+except ProcessError as error:
+    assert "use --nproc-per-node 1 at most" in str(error)
+else:
+    raise AssertionError("two processes on one GPU")
 assert all(torch.equal(H, other) for other in ranks.everyones(H))  # to the bit
 """
 
@@ -156,6 +165,7 @@ def test_one_process_needs_no_others():
     assert (ranks.count(), ranks.number()) == (1, 0)
     assert ranks.everyones("x") == ["x"]
     assert ranks.of_the_first("x") == "x"
+    assert ranks.highest(3) == 3
     x = torch.randn(5, 3)
     [(H, count)] = second_moments([x])
     assert count == 5

@@ -39,7 +39,7 @@ LEVELS = [
     {"linear"},
     {"experts"},
     {"nn", "solvers", "solvers.grid", "formats.layouts"},
-    {"fuse", "peft", "adapters", "store", "solvers.rtn", "solvers.trials"},
+    {"division", "fuse", "peft", "adapters", "store", "solvers.rtn", "solvers.trials"},
     {"solvers.gptq"},
     {"blocks", "correction", "solvers.descent"},
     {"solvers.awq_pairs", "residual", "retry"},
