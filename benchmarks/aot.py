@@ -32,6 +32,7 @@ from llmq_kernels.dequant import dequantize_kernel
 from llmq_kernels.gemm import linear_kernel
 from llmq_kernels.plan import UNIT, Gpu, closed_form, shared_bytes
 
+LIMIT = 3.2  # instructions per weight and thread on sm_90, up to 16 rows of x, every format
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 CLASSES = {
     "LDGSTS.128": r"LDGSTS\.\S*128",
@@ -238,16 +239,9 @@ def complaints(config: Config, row: dict) -> list[str]:
     if arch == 90 and config.block_m <= 16:
         if loop.get("STS"):
             wrong.append("shared-memory stores in the loop")
-        if row["per_weight"] > limit(config):
-            wrong.append(f"more than {limit(config)} instructions per weight")
+        if row["per_weight"] > LIMIT:
+            wrong.append(f"more than {LIMIT} instructions per weight")
     return wrong
-
-
-def limit(config: Config) -> float:
-    """Instructions per weight and thread on sm_90; kernels/README.md says why some get more."""
-    if config.bits == 8 and config.dtype == "bf16" and not config.symmetric:
-        return {32: 4.5, 64: 3.7}.get(config.group, 3.2)
-    return 3.5 if (config.bits, config.group) == (3, 32) else 3.2
 
 
 def line(name: str, row: dict, wrong: list[str]) -> str:

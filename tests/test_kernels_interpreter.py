@@ -6,6 +6,7 @@ dequantizing kernel, which must be exact. Error bar: twice that of torch's dense
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -68,6 +69,17 @@ def test_grouped_kernel_in_the_interpreter(name: str) -> None:
 def test_the_check_of_a_new_device_accepts_the_kernels() -> None:
     (row,) = interpret("selfcheck")
     assert row["reason"] is None
+
+
+def test_the_thinned_matrix_holds_every_combination_of_three() -> None:
+    met = [
+        (case[:4], (case.tiles, case.block_m, case.unroll, case.split), (case.M, case.N))
+        for case in kernels_cases.full()
+    ]
+    rows = [(*form, launch, shape) for form, launch, shape in met]
+    for three in itertools.combinations(range(6), 3):
+        columns = [{row[i] for row in rows} for i in three]
+        assert {tuple(row[i] for i in three) for row in rows} == set(itertools.product(*columns))
 
 
 @pytest.mark.slow

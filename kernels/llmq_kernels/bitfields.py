@@ -54,3 +54,15 @@ def pieces(bits: int, part: int, h2: int, half: int) -> tuple[Piece, ...]:
             return _TOP
         return (Piece(*(_HIGH if half else _LOW)[at], 3),)
     return (Piece(0, bits * (4 * part + 2 * h2 + half), bits),)
+
+
+def shift(bits: int, word: int, bit: int) -> int:
+    """How far a word goes right so that the piece at `bit` ends in its lowest eight bits.
+
+    Codes share shifts. Those of 3 bits move the three tops of a word to where they make a code.
+    """
+    if bits != 3:
+        return bit // 8 * 8
+    if bit < 12:
+        return bit // 6 * 6
+    return 10 - next(i for i, top in enumerate(_TOP) if top.word == word)

@@ -7,7 +7,7 @@
 import triton
 import triton.language as tl
 
-from .grid import grid_pointers, load_grid
+from .grid import grid_pointers, load_grid, shrunk
 from .unpack import load_words, rounded, weights
 
 
@@ -28,7 +28,8 @@ def dequantize_kernel(
     v = weights(words, grid, GROUP, BITS, SYMMETRIC, False, s_ptr.dtype.element_ty, EXACT)
     n, p = tl.arange(0, 64), tl.arange(0, P)
     s = tl.load(s_ptr + (tile * lines + line) * (64 * P) + n[:, None] * P + p[None, :])  # (64, P)
-    v = v.to(tl.float32).reshape((64, P, 128 // P)) * s.to(tl.float32)[:, :, None]
+    s = s.to(tl.float32) * shrunk(EXACT == tl.bfloat16)
+    v = v.to(tl.float32).reshape((64, P, 128 // P)) * s[:, :, None]
     on, k = tl.program_id(0) * 64 + n, block * 128 + tl.arange(0, 128)
     mask = (on < N)[:, None] & (k < K)[None, :]
     out = y_ptr + on[:, None].to(tl.int64) * K + k[None, :]

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .grid import grid_pointers, load_grid, scale_of
+from .grid import grid_pointers, load_grid, scale_of, shrunk
 from .unpack import INTERPRETED, load_words, rounded, weights
 
 
@@ -38,13 +38,13 @@ def _step(acc, words, grid, x_ptr, live, column, K, BITS: tl.constexpr, GROUP: t
     if GROUP == 64:
         left, right = tl.split(v.reshape((v.shape[0], 2, 64)).permute((0, 2, 1)))
         x = _activations(x_ptr, live, column, K, EVEN_K, 64)
-        acc += tl.dot(left, x) * scale_of(grid[3], 0, STORED)[:, None]
+        acc += tl.dot(left, x) * scale_of(grid[2], 0, STORED)[:, None]
         x = _activations(x_ptr, live, column + 64, K, EVEN_K, 64)
-        return acc + tl.dot(right, x) * scale_of(grid[3], 1, STORED)[:, None]
+        return acc + tl.dot(right, x) * scale_of(grid[2], 1, STORED)[:, None]
     else:
         x = _activations(x_ptr, live, column, K, EVEN_K, 128)
         if GROUP == 128:
-            return acc + tl.dot(v, x) * scale_of(grid[3], 0, STORED)[:, None]
+            return acc + tl.dot(v, x) * scale_of(grid[2], 0, STORED)[:, None]
         else:
             return tl.dot(v, x, acc)
 
@@ -112,11 +112,12 @@ def linear_kernel(
             )
         block_ptr += UNROLL * WORDS
         s_ptrs += UNROLL * 64
-        z_ptrs += UNROLL * 64
+        z_ptrs += UNROLL * 32
     if PDL:
         gdc_launch_dependents()
+    acc *= shrunk(x_ptr.dtype.element_ty == tl.bfloat16)
     if GROUP == 0:
-        acc *= scale_of(grid[3], 0, STORED)[:, None]
+        acc *= scale_of(grid[2], 0, STORED)[:, None]
     _finish(acc, bias_ptr, y_ptr, partial_ptr, counter_ptr, om, live, N, BIAS, SPLIT)
 
 

@@ -4,8 +4,8 @@
 # A constexpr of Triton is typed as a class of its own, and a tensor as nearly everything.
 """Scales and zero points, from packed lines to the registers that unpacking wants them in. Triton.
 
-A line is what one row has of them in one block of 128 columns: 1, 2 or 4 groups, side by side in
-memory, so that one load fetches them as an integer.
+A line is what one row has of them in one block of 128 columns: P = 1, 2 or 4 groups, side by side
+in memory, so that one load fetches them as an integer; of zero points, what rows r and r + 8 have.
 """
 
 import triton
@@ -13,16 +13,27 @@ import triton.language as tl
 
 
 @triton.constexpr_function
+def shrunk(bf16):
+    """Unpacked weights are this many times smaller than codes minus zero points."""
+    return 64.0 if bf16 else 1.0
+
+
+@triton.constexpr_function
 def lift(bits, bf16, half):
-    """How many bits above the end of the mantissa the codes of rows 8 to 15 are taken."""
-    return {2: 2, 3: 3, 4: 0 if bf16 else 4, 8: 0}[bits] if half else 0
+    """fp16: how many bits above the end of the mantissa the codes of rows 8 to 15 are taken."""
+    return {2: 2, 3: 3, 4: 4, 8: 0}[bits] if half and not bf16 else 0
 
 
 @triton.constexpr_function
 def minus(number, bits, bf16, half):
-    """-(magic + number), divided by 2**lift, as a 16-bit float: what centres a lifted code."""
+    """What centres codes whose zero point is `number`, as a 16-bit float.
+
+    bf16: -number / 64, for powers of two. fp16: -(1024 + number), divided by 2**lift.
+    """
+    if bf16:
+        return 0x8000 | ((127 + number.bit_length() - 7) << 7)
     up = lift(bits, bf16, half)
-    return 0x8000 | ((0x4300 - (up << 7) if bf16 else 0x6400 - (up << 10)) + (number << up))
+    return 0x8000 | (0x6400 - (up << 10) + (number << up))
 
 
 @triton.jit
@@ -41,26 +52,27 @@ def packed(ptr, P: tl.constexpr):
 
 @triton.jit
 def grid_pointers(s_ptr, z_ptr, tile, line, lines, GROUP: tl.constexpr, TILES: tl.constexpr):
-    """Pointers to the scales and the zero points of one block: to one integer per row.
+    """Pointers to the scales and the zero points of one block.
 
-    Zero points, and the scales of groups of 32, are for `unpack.weights`: (TILES, 1, 4, 8, 1, 1),
-    rows 0 to 7 of each tile of 16. Other scales are for the accumulator: (64,), of the first tile.
+    Zero points: one integer per pair of rows r, r + 8, and scales of groups of 32: one per row r;
+    for `unpack.weights`: (TILES, 1, 4, 8, 1, 1), rows 0 to 7 of each tile of 16. Other scales are
+    for the accumulator: (64,), of the first tile.
     """
     P: tl.constexpr = 128 // GROUP if GROUP > 0 else 1
     start = (tile * lines + line) * 64
-    row = tl.arange(0, 4)[None, None, :, None, None, None] * 16
-    row += tl.arange(0, 8)[None, None, None, :, None, None]
-    row += tl.arange(0, TILES)[:, None, None, None, None, None] * (lines * 64)
-    z_ptrs = packed(z_ptr, P) + start + row
+    m16 = tl.arange(0, 4)[None, None, :, None, None, None]
+    r = tl.arange(0, 8)[None, None, None, :, None, None]
+    wide = tl.arange(0, TILES)[:, None, None, None, None, None] * (lines * 64)
+    z_ptrs = packed(z_ptr, 2 * P) + start // 2 + (m16 * 8 + r + wide // 2)
     s_ptrs = packed(s_ptr, P) + start
-    s_ptrs += row if GROUP == 32 else tl.arange(0, 64)
+    s_ptrs += m16 * 16 + r + wide if GROUP == 32 else tl.arange(0, 64)
     return s_ptrs, z_ptrs
 
 
 @triton.jit
 def load_grid(s_ptrs, z_ptrs, at, left, tile_stride, GROUP: tl.constexpr, SYMMETRIC: tl.constexpr,
           TILES: tl.constexpr):  # fmt: skip
-    """The grid of a block, `at` numbers on: (zeros, zeros, scales, scales), each of rows r, r + 8.
+    """The grid of a block, `at` rows on: (zeros of rows r and r + 8, scales of r, of r + 8).
 
     Scales of the accumulator come as one, twice. What is not needed is any of the others. Nothing
     is loaded unless `left` is None or positive.
@@ -77,9 +89,9 @@ def load_grid(s_ptrs, z_ptrs, at, left, tile_stride, GROUP: tl.constexpr, SYMMET
             s0 = tl.join(s0, s1).permute((1, 0)).reshape((128,))
         s1 = s0
     if SYMMETRIC:
-        return s0, s0, s0, s1
+        return s0, s0, s1
     else:
-        return _load(z_ptrs + at, left), _load(z_ptrs + at + 8, left), s0, s1
+        return _load(z_ptrs + at // 2, left), s0, s1
 
 
 @triton.jit
@@ -100,33 +112,67 @@ def _permuted(a, b, select):
     )
 
 
+@triton.constexpr_function
+def centre_ptx(bits, bf16, half):
+    """PTX that makes of two zero points what centres codes of this half.
+
+    bf16: a byte at the end of a float is zero * 2**-133, and -2**127 times that is -zero / 64.
+    fp16: 1024 + zero comes in; see `minus` for what goes out.
+    """
+    if bf16:
+        kind, factor, plus = "bf16x2", 0xFF00FF00, 0x80008000
+    else:
+        up = lift(bits, bf16, half)
+        kind, factor, plus = "f16x2", 0xBC00BC00, (0x6400 - (1024 >> (up - 1))) * 0x10001
+    lines = [".reg .b32 f, m;", f"mov.b32 f, {factor};", f"mov.b32 m, {plus};"]
+    return "\n".join(["{", *lines, f"fma.rn.{kind} $0, $1, f, m;", "}"])
+
+
 @triton.jit
-def centre(line, g, BITS: tl.constexpr, DTYPE: tl.constexpr, HALF: tl.constexpr):
-    """Zero point g of a line -> what `decode_ptx` adds to centre the codes of this half, twice."""
+def _words(line):
+    """The two words of a 64-bit integer, without arithmetic."""
+    return tl.inline_asm_elementwise(
+        "mov.b64 {$0, $1}, $2;", "=r,=r,l", [line], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def centre(line, g, P: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, HALF: tl.constexpr):
+    """Zero point g of row r (HALF 0) or r + 8 -> what `decode_ptx` adds to codes there: 16 bits.
+
+    Two neighbours of a line are made at once.
+    """
     BF16: tl.constexpr = DTYPE == tl.bfloat16
     LIFT: tl.constexpr = lift(BITS, BF16, HALF)
-    BASE: tl.constexpr = minus(0, BITS, BF16, HALF)
-    if BITS == 8 and BF16:  # 128 - zero: from 2**23 + zero, which needs no conversion
-        number = _permuted(line, 0x4B, 0x4550 + g).to(tl.float32, bitcast=True)
-        return tl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $1, $1;", "=r,f", [8388608.0 + 128.0 - number],
-            dtype=tl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
-    elif LIFT == 0:
-        return _permuted(line, (BASE >> 8) * 0x01010101 - 2**32, 0x4040 + g * 0x0101)
+    ABOVE: tl.constexpr = 0 if BF16 else (0x64646464 if LIFT else 0xE4E4E4E4 - 2**32)
+    byte = g
+    if P == 4:
+        low, high = _words(line)
+        line = high if HALF else low
     else:
-        return _permuted(line, 0, 0x4040 + g * 0x0101) * 2**LIFT + (BASE * 0x10001 - 2**32)
+        byte = g + P * HALF
+    pair = _permuted(line, ABOVE, 0x4140 + byte // 2 * 0x0202)
+    if BF16 or LIFT:
+        pair = tl.inline_asm_elementwise(
+            centre_ptx(BITS, BF16, HALF), "=r,r", [pair], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return (pair >> (byte % 2 * 16)).to(tl.int16)
 
 
 @triton.jit
-def scale_pair(line, g, STORED: tl.constexpr, DTYPE: tl.constexpr):
-    """Scale g of a line of 16-bit scales, in DTYPE, twice."""
+def zero_of(line, g, P: tl.constexpr, HALF: tl.constexpr):
+    """Zero point g of row r (HALF 0) or r + 8, as an integer."""
+    return ((line >> ((g + P * HALF) * 8)) & 255).to(tl.int32)
+
+
+@triton.jit
+def scale_bits(line, g, STORED: tl.constexpr, DTYPE: tl.constexpr):
+    """Scale g of a line of four, in DTYPE: 16 bits."""
     if STORED == DTYPE:
-        word = (line >> (g // 2 * 32)).to(tl.int32)
-        return _permuted(word, word, 0x1010 + g % 2 * 0x2222)
+        low, high = _words(line)
+        return (tl.where(g < 2, low, high) >> (g % 2 * 16)).to(tl.int16)
     else:
-        bits = scale_of(line, g, STORED).to(DTYPE).to(tl.int16, bitcast=True)
-        return (bits.to(tl.int32) & 0xFFFF) * 0x10001
+        return scale_of(line, g, STORED).to(DTYPE).to(tl.int16, bitcast=True)
 
 
 @triton.jit

@@ -29,7 +29,8 @@ class PackedWeight:
         qweight: int32 (Nt, Kb, words): Nt = ceil(N / 64), Kb = ceil(K / 128).
         scale: (Nt, Kb, 64, P), any float dtype: P = 128 / G groups lie in a block. One group per
             row: (Nt, 1, 64, 1).
-        zero: uint8, as `scale`, or None: the zero point is 2**(bits - 1) everywhere.
+        zero: uint8, as `scale` but with rows r and r + 8 of each 16 side by side, or None: the
+            zero point is 2**(bits - 1) everywhere.
         counters: int32 (Nt * 4,), zero before and after every launch: arrivals under split-K.
         bits: 2, 3, 4 or 8.
         group_size: 32, 64, 128 or -1.
@@ -85,7 +86,7 @@ def pack(
     return PackedWeight(
         qweight=pack_codes(codes, bits),
         scale=_tiled(scale, per_line),
-        zero=None if zero is None else _tiled(zero.to(torch.uint8), per_line),
+        zero=None if zero is None else _turned(_tiled(zero.to(torch.uint8), per_line), 8),
         counters=codes.new_zeros(tiles * COUNTERS_PER_TILE, dtype=torch.int32),
         bits=bits,
         group_size=group_size,
@@ -97,7 +98,7 @@ def unpack(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
     """Inverse of `pack`: codes (N, K), scale (N, K/G) and zero points (N, K/G) or None."""
     N, K = weight.shape
     groups = 1 if weight.group_size == -1 else K // weight.group_size
-    zero = None if weight.zero is None else untile(weight.zero, N, groups)
+    zero = None if weight.zero is None else untile(_turned(weight.zero, 2), N, groups)
     return unpack_codes(weight.qweight, weight.bits, N, K), untile(weight.scale, N, groups), zero
 
 
@@ -215,3 +216,8 @@ def _tiled(values: Tensor, per_line: int) -> Tensor:
     N, groups = values.shape
     padded = torch.nn.functional.pad(values, (0, -groups % per_line, 0, -N % TILE))
     return padded.view(-1, TILE, padded.shape[1] // per_line, per_line).transpose(1, 2).contiguous()
+
+
+def _turned(tiled: Tensor, inner: int) -> Tensor:
+    """`_tiled` values with rows r and r + 8 side by side (inner = 8); inner = 2: back in order."""
+    return tiled.unflatten(2, (4, -1, inner)).transpose(3, 4).flatten(2, 4).contiguous()

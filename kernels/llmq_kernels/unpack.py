@@ -4,21 +4,23 @@
 # A constexpr of Triton is typed as a class of its own, and a tensor as nearly everything.
 """Packed words -> the left operand of a matrix instruction, in registers. Triton.
 
-An OR puts codes under the mantissa of a power of two (bf16: 0x4300 | q = 128 + q, fp16:
-0x6400 | q = 1024 + q), so one LOP3 makes two weights and no integer is ever converted. A
-multiply-add then takes the zero point away and leaves the exact integer q - z. It may halve as
-well: codes of rows 8 to 15 stay `lift` bits above the end of the mantissa, which saves the shift
-that would bring them down. Eight bits do not fit under bf16's seven: see `_eight_bits`.
+No integer is ever converted. fp16: an OR puts a code under the mantissa of 1024 (0x6400 | q =
+1024 + q), and a multiply-add takes that and the zero point away; it may divide as well, so that
+codes of rows 8 to 15 stay `lift` bits above the end of the mantissa and need no shift. bf16: a
+code in the lowest eight bits of a float is code * 2**-133 (a subnormal number; from 128 on a
+normal one, with the same spacing), and times 2**127, minus zero / 64, is (code - zero) / 64.
+Where in the eight bits it lies is a matter of that factor. Both are exact.
 """
 
 import triton
 import triton.language as tl
 
 from . import bitfields
-from .grid import centre, lift, minus, scale_of, scale_pair
+from .grid import centre, lift, minus, scale_bits, scale_of, shrunk, zero_of
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 pieces = triton.constexpr_function(bitfields.pieces)
+shift = triton.constexpr_function(bitfields.shift)
 parts = triton.constexpr_function(bitfields.parts)
 
 
@@ -30,68 +32,43 @@ def decode_ptx(bits, bf16, part, symmetric, scaled):
     `scaled`. Inputs: the element's words $8, $9, $10; for half 0 and 1 the pairs that centre
     ($11, $12, see `centre`) and the scales ($13, $14), as pairs of equal 16-bit floats.
     """
-    kind, magic = ("bf16x2", 0x43004300) if bf16 else ("f16x2", 0x64006400)
-    one = 0x3F80 if bf16 else 0x3C00
+    kind, magic = ("bf16x2", 0) if bf16 else ("f16x2", 0x64006400)
     ptx = [".reg .b32 t, a, m, f;"]
     for h2, half in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        up = lift(bits, bf16, half)
-        centre = f"${11 + half}"
         if symmetric:
             ptx.append(f"mov.b32 m, {minus(1 << (bits - 1), bits, bf16, half) * 0x10001};")
-            centre = "m"
-        if bits == 8:
-            ptx += _eight_bits(f"${8 + h2}", half, bf16, symmetric, centre)
         else:
-            place, base = up, magic
-            for word, bit, width in pieces(bits, part, h2, half):
-                shift = bit - place
-                source = "t" if shift else f"${8 + word}"
-                if shift:
-                    ptx.append(f"shr.u32 t, ${8 + word}, {shift};")
-                mask = (((1 << width) - 1) << place) * 0x10001
-                ptx.append(f"lop3.b32 a, {source}, {mask}, {base}, 0xEA;")  # (source & mask) | base
-                place, base = place + width, "a"
-            factor = (one - (up << (7 if bf16 else 10))) * 0x10001
-            ptx.append(f"mov.b32 f, {factor};")
-            ptx.append(f"fma.rn.{kind} a, a, f, {centre};")
+            ptx.append(f"mov.b32 m, {{${11 + half}, ${11 + half}}};")
+        place, found = _found(bits, bf16, part, h2, half, magic)
+        factor = ((254 - place) << 7 if bf16 else (15 - place) << 10) * 0x10001
+        ptx += [*found, f"mov.b32 f, {factor};", f"fma.rn.{kind} a, a, f, m;"]
         if scaled:
+            ptx.append(f"mov.b32 f, {{${13 + half}, ${13 + half}}};")
             ptx.append(f"mov.b32 m, {0x80008000};")
-            ptx.append(f"fma.rn.{kind} a, a, ${13 + half}, m;")
+            ptx.append(f"fma.rn.{kind} a, a, f, m;")
         pair = half + 2 * h2
         ptx.append(f"mov.b32 {{${2 * pair}, ${2 * pair + 1}}}, a;")
     return "{\n" + "\n".join(ptx) + "\n}"
 
 
 @triton.constexpr_function
-def _eight_bits(word, half, bf16, symmetric, centre):
-    """PTX that leaves code minus zero point in `a`; `centre` of asymmetric bf16 is 128 - zero.
-
-    fp16: 0x64 above the code's byte is 1024 + q. bf16: 0x43 above it is 128 + q, or from 128 on
-    256 + 2 (q - 128); its top bit makes a factor of 1 or 1/2, and (that - 256) * factor = q - 128.
-    Without a zero point to add, the difference of 128 + (q & 127) and 256 or 128 is shorter.
-    """
-    if bf16 and symmetric:
-        shifted = [f"shr.u32 t, {word}, 8;"] if half else []
-        t = "t" if half else word
-        return [
-            *shifted,
-            f"lop3.b32 a, {t}, {0x007F007F}, {0x43004300}, 0xEA;",
-            f"lop3.b32 f, {t}, {0x00800080}, {0x43004300}, 0xAE;",  # (~t & mask) | magic
-            f"mov.b32 m, {0xBF80BF80};",
-            "fma.rn.bf16x2 a, f, m, a;",
-        ]
-    high, select = (0x43434343, 0x64646464)[not bf16], 0x4341 if half else 0x4240
-    spread = f"prmt.b32 a, {word}, {high}, {select};"
-    if not bf16:
-        return [spread, f"mov.b32 f, {0x3C003C00};", f"fma.rn.f16x2 a, a, f, {centre};"]
-    return [
-        spread,
-        f"lop3.b32 f, a, {0x00800080}, {0x3F003F00}, 0xAE;",
-        f"mov.b32 t, {0x3F803F80};",
-        f"mov.b32 m, {0xC380C380};",
-        "fma.rn.bf16x2 a, a, t, m;",
-        f"fma.rn.bf16x2 a, a, f, {centre};",
-    ]
+def _found(bits, bf16, part, h2, half, magic):
+    """PTX that leaves a pair of codes, times 2**place, in `a`, over `magic`; and that place."""
+    if bits == 8:
+        return 0, [f"prmt.b32 a, ${8 + h2}, {magic | magic >> 8}, {0x4341 if half else 0x4240};"]
+    found = pieces(bits, part, h2, half)
+    word, bit, _ = found[0]
+    place = bit - shift(bits, word, bit) if bf16 else lift(bits, bf16, half)
+    at, over, ptx = place, magic, []
+    for word, bit, width in found:
+        source = f"${8 + word}"
+        if bit != at:
+            ptx.append(f"shr.u32 t, {source}, {bit - at};")
+            source = "t"
+        mask = (((1 << width) - 1) << at) * 0x10001
+        ptx.append(f"lop3.b32 a, {source}, {mask}, {over}, 0xEA;")  # (source & mask) | over
+        at, over = at + width, "a"
+    return place, ptx
 
 
 @triton.jit
@@ -112,19 +89,20 @@ def _number(words, zero, scale, PART: tl.constexpr, H2: tl.constexpr, HALF: tl.c
     for word, bit, width in pieces(BITS, PART, H2, HALF):
         code |= ((words[word] >> (bit + 16 * E)) & ((1 << width) - 1)) << done
         done += width
-    value = (code - zero).to(tl.float32)
+    value = (code - zero).to(tl.float32) / shrunk(DTYPE == tl.bfloat16)
     return value if scale is None else rounded(value * scale, DTYPE).to(tl.float32)
 
 
 @triton.jit
-def _interpreted(words, lines, g, PART: tl.constexpr, BITS: tl.constexpr, SYMMETRIC: tl.constexpr,
-                 SCALED: tl.constexpr, STORED: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+def _interpreted(words, lines, g, PART: tl.constexpr, P: tl.constexpr, BITS: tl.constexpr,
+                 SYMMETRIC: tl.constexpr, SCALED: tl.constexpr, STORED: tl.constexpr,
+                 DTYPE: tl.constexpr):  # fmt: skip
     """`decode_ptx` for the interpreter: its eight outputs, in float32."""
-    z0, z1, s0, s1 = lines
+    z, s0, s1 = lines
     found = []
     for h2, half in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        z, s, scale = (z1, s1, None) if half else (z0, s0, None)
-        zero = 2 ** (BITS - 1) if SYMMETRIC else (z >> (g * 8)) & 255
+        s, scale = (s1, None) if half else (s0, None)
+        zero = 2 ** (BITS - 1) if SYMMETRIC else zero_of(z, g, P, half)
         if SCALED:
             scale = rounded(scale_of(s, g, STORED), DTYPE).to(tl.float32)
         for e in (0, 1):
@@ -133,24 +111,26 @@ def _interpreted(words, lines, g, PART: tl.constexpr, BITS: tl.constexpr, SYMMET
 
 
 @triton.jit
-def _fragment(words, lines, g, PART: tl.constexpr, BITS: tl.constexpr, SYMMETRIC: tl.constexpr,
-              SCALED: tl.constexpr, STORED: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+def _fragment(words, lines, g, PART: tl.constexpr, P: tl.constexpr, BITS: tl.constexpr,
+              SYMMETRIC: tl.constexpr, SCALED: tl.constexpr, STORED: tl.constexpr,
+              DTYPE: tl.constexpr):  # fmt: skip
     """Fragment PART of every element: (..., h2, half, e)."""
     if INTERPRETED:
         a0, b0, a1, b1, a2, b2, a3, b3 = _interpreted(
-            words, lines, g, PART, BITS, SYMMETRIC, SCALED, STORED, DTYPE
+            words, lines, g, PART, P, BITS, SYMMETRIC, SCALED, STORED, DTYPE
         )
     else:
         w0, w1, w2 = words
-        z0, z1, s0, s1 = lines
-        c0, c1, f0, f1 = w0, w0, w0, w0  # not read
+        z, s0, s1 = lines
+        unused = w0.to(tl.int16)
+        c0, c1, f0, f1 = unused, unused, unused, unused
         if not SYMMETRIC:
-            c0, c1 = centre(z0, g, BITS, DTYPE, 0), centre(z1, g, BITS, DTYPE, 1)
+            c0, c1 = centre(z, g, P, BITS, DTYPE, 0), centre(z, g, P, BITS, DTYPE, 1)
         if SCALED:
-            f0, f1 = scale_pair(s0, g, STORED, DTYPE), scale_pair(s1, g, STORED, DTYPE)
+            f0, f1 = scale_bits(s0, g, STORED, DTYPE), scale_bits(s1, g, STORED, DTYPE)
         a0, b0, a1, b1, a2, b2, a3, b3 = tl.inline_asm_elementwise(
             decode_ptx(BITS, DTYPE == tl.bfloat16, PART, SYMMETRIC, SCALED),
-            "=h,=h,=h,=h,=h,=h,=h,=h,r,r,r,r,r,r,r",
+            "=h,=h,=h,=h,=h,=h,=h,=h,r,r,r,h,h,h,h",
             [w0, w1, w2, c0, c1, f0, f1],
             dtype=(tl.int16,) * 8,
             is_pure=True,
@@ -170,9 +150,9 @@ def weights(words, lines, GROUP: tl.constexpr, BITS: tl.constexpr, SYMMETRIC: tl
     Args:
         words: three int32 tensors (TILES, 128 columns / (16 * parts * W), 4, 8, 4, W): the first,
             second and third words of elements, as `load_words` returns them.
-        lines: zero points of rows r and r + 8 of the tiles of 16, then their scales; packed
-            integers (TILES, 1, 4, 8, 1, 1). Zeros are not read if SYMMETRIC, scales not without
-            SCALED.
+        lines: zero points of rows r and r + 8 of the tiles of 16, then scales of rows r, and of
+            rows r + 8; packed integers (TILES, 1, 4, 8, 1, 1). Zeros are not read if SYMMETRIC,
+            scales not without SCALED.
         GROUP: 32, 64 or 128; 0: per row.
         STORED: dtype of the scales.
 
@@ -187,15 +167,16 @@ def weights(words, lines, GROUP: tl.constexpr, BITS: tl.constexpr, SYMMETRIC: tl
     w = tl.arange(0, W)[None, None, None, None, None, :]
     column = (sub * W + w) * (16 * PARTS)
     SPAN: tl.constexpr = GROUP if GROUP > 0 else 128
-    v = _fragment(words, lines, column // SPAN, 0, BITS, SYMMETRIC, SCALED, STORED, DTYPE)
+    P: tl.constexpr = 128 // SPAN
+    v = _fragment(words, lines, column // SPAN, 0, P, BITS, SYMMETRIC, SCALED, STORED, DTYPE)
     if PARTS == 2:
         g = (column + 16) // SPAN
-        v = tl.join(v, _fragment(words, lines, g, 1, BITS, SYMMETRIC, SCALED, STORED, DTYPE))
+        v = tl.join(v, _fragment(words, lines, g, 1, P, BITS, SYMMETRIC, SCALED, STORED, DTYPE))
     elif PARTS == 4:
         g1, g2, g3 = (column + 16) // SPAN, (column + 32) // SPAN, (column + 48) // SPAN
-        v1 = _fragment(words, lines, g1, 1, BITS, SYMMETRIC, SCALED, STORED, DTYPE)
-        v2 = _fragment(words, lines, g2, 2, BITS, SYMMETRIC, SCALED, STORED, DTYPE)
-        v3 = _fragment(words, lines, g3, 3, BITS, SYMMETRIC, SCALED, STORED, DTYPE)
+        v1 = _fragment(words, lines, g1, 1, P, BITS, SYMMETRIC, SCALED, STORED, DTYPE)
+        v2 = _fragment(words, lines, g2, 2, P, BITS, SYMMETRIC, SCALED, STORED, DTYPE)
+        v3 = _fragment(words, lines, g3, 3, P, BITS, SYMMETRIC, SCALED, STORED, DTYPE)
         v = tl.join(tl.join(v, v2), tl.join(v1, v3))
     v = v.reshape((TILES, SUB, 4, 8, 4, W, 2, 2, 2, PARTS))  # m16, r, c, w, h2, half, e, part
     v = v.permute((0, 2, 7, 3, 1, 5, 9, 6, 4, 8))
