@@ -95,7 +95,7 @@ def preflight(run: Run, average: float | None, tell: Callable[[str], None] | Non
     recipe = run.recipe
     names = quantizable(run.source.model, recipe.lm_head)
     check_groups(input_widths(names), recipe.scheme_for)
-    embedding_scheme(source.model, recipe)
+    embedding_scheme(run.source.model, recipe)
     if not any(recipe.scheme_for(n) for n in names):
         raise SchemeError(f"skip={list(recipe.skip)}: nothing is left to quantize.")
     windows, seq_len = share(run.text.windows, recipe).shape
