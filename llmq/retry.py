@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llmq.adapters import run_dtype
-from llmq.blocks import Call
+from llmq.calls import Call
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
