@@ -160,14 +160,12 @@ def evaluate(
     )
 
 
-def bootstrap_interval(
-    values: Tensor, level: float = 0.95, resamples: int = _RESAMPLES, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of `values` (n,): resampled with replacement."""
-    generator = torch.Generator().manual_seed(seed)
+def bootstrap_interval(values: Tensor, resamples: int = _RESAMPLES) -> tuple[float, float]:
+    """95% percentile bootstrap interval of the mean of `values` (n,), drawn with replacement."""
+    generator = torch.Generator().manual_seed(0)
     chosen = torch.randint(len(values), (resamples, len(values)), generator=generator)
     means = values.double()[chosen].mean(1)  # (resamples,)
-    tail = (1 - level) / 2
+    tail = (1 - 0.95) / 2
     low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return low, high
 
