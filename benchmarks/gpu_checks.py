@@ -20,7 +20,7 @@ def failures() -> tuple[type[Exception], ...]:
     )  # fmt: skip
 
 
-def ours(x, weight, gpu, out_dtype=None, pdl=False):
+def ours(x, weight, gpu, pdl=False):
     """x @ W.T by the launch that the operators would choose, on any device."""
     from llmq_kernels import launch, ops, plan
 
@@ -28,7 +28,7 @@ def ours(x, weight, gpu, out_dtype=None, pdl=False):
     chosen = plan.choose(gpu, weight.bits, weight.group_size, N, K, x.shape[0])
     if chosen is None:
         return ops.dense(x, weight, None)
-    return launch.linear(x, weight, None, chosen, pdl=pdl, out_dtype=out_dtype)
+    return launch.linear(x, weight, None, chosen, pdl=pdl)
 
 
 def distance(a, exact) -> float:

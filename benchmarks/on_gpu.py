@@ -26,6 +26,8 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "kernels"), str(ROOT)]
 
+from gpu_report import Report  # noqa: E402
+
 SHAPES = [  # N x K: q/k/v, o, gate/up, down of 8B and 70B Llamas, a head, Qwen3-32B, 0.6B
     (28672, 4096), (4096, 4096), (4096, 14336), (57344, 8192), (8192, 8192), (6144, 4096),
     (10240, 8192), (8192, 28672), (128256, 4096), (8192, 5120), (5120, 25600), (1024, 3072),
@@ -33,47 +35,6 @@ SHAPES = [  # N x K: q/k/v, o, gate/up, down of 8B and 70B Llamas, a head, Qwen3
 FIRST_ROWS = (1, 16, 64, 256, 2048)
 OTHER_ROWS = (2, 4, 8, 32, 48, 96, 128, 512, 1024, 4096)
 GRACE = 20  # seconds that a section may take beyond its limit, before it is killed
-
-
-class Report:
-    """Rows, flushed to a JSON file as they come, and the time that is left."""
-
-    def __init__(self, path: Path, seconds: float, head: dict | None = None) -> None:
-        self.path, self.end = path, time.monotonic() + seconds
-        self.head, self.rows = head or {}, []
-        if head is None and path.is_file():
-            self.read()
-        else:
-            self.write()
-
-    def read(self) -> None:
-        """Take over what a section has written to the file."""
-        found = json.loads(self.path.read_text())
-        self.head, self.rows = found["environment"], found["rows"]
-
-    def add(self, kind: str, **values: object) -> None:
-        """Append a row, print it, write everything."""
-        self.rows.append({"kind": kind} | values)
-        print(kind, *(f"{k}={_short(v)}" for k, v in values.items()), flush=True)
-        self.write()
-
-    def write(self) -> None:
-        """The file, whole: a reader never sees half of it."""
-        part = self.path.with_name(self.path.name + ".part")
-        part.write_text(json.dumps({"environment": self.head, "rows": self.rows}, indent=1))
-        part.replace(self.path)
-
-    def left(self) -> float:
-        """Seconds."""
-        return self.end - time.monotonic()
-
-    def failed(self) -> int:
-        """Checks that found something wrong."""
-        return sum(row.get("ok") is False for row in self.rows)
-
-
-def _short(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 @dataclasses.dataclass(frozen=True)

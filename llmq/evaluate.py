@@ -115,22 +115,7 @@ def evaluate(
     slicers = [_slicer(each, windows[:1, : min(8, seq_len)]) for each in models]
     if not 0 <= first < seq_len - 1:
         raise CalibrationError(f"first={first}: windows of {seq_len} tokens leave none to score.")
-    rows = []  # per batch (windows, 1 or 4)
-    histogram = torch.zeros(len(_KL_EDGES) - 1, dtype=torch.int64)
-    with progress_bar("Evaluating", len(windows), show=progress) as advance:
-        for ids in windows.split(max(1, _BATCH_TOKENS // seq_len)):
-            done = sum(map(len, rows))
-            tokens = _token_values(ids, [slicer(ids) for slicer in slicers])[:, first:]
-            rows.append(tokens.mean(1))
-            advance(done + len(ids))
-            if not rows[-1].isfinite().all():
-                raise NonFiniteError(
-                    f"{type(model).__name__}: likelihoods are NaN or infinite in windows {done} "
-                    f"to {done + len(ids) - 1}. Check the weights, or load it in bfloat16."
-                )
-            if reference is not None:
-                histogram += _histogram(tokens[..., 1].flatten())
-    values = torch.cat(rows)  # (windows, 1 or 4): NLL, and KL, top-1, NLL of the reference
+    values, histogram = _window_values(type(model).__name__, slicers, windows, first, progress)
     found = Evaluation(
         **_moments("nll", values[:, 0]),
         perplexity=_exp(float(values[:, 0].mean())),
@@ -160,14 +145,12 @@ def evaluate(
     )
 
 
-def bootstrap_interval(
-    values: Tensor, level: float = 0.95, resamples: int = _RESAMPLES, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of `values` (n,): resampled with replacement."""
-    generator = torch.Generator().manual_seed(seed)
+def bootstrap_interval(values: Tensor, resamples: int = _RESAMPLES) -> tuple[float, float]:
+    """95% percentile bootstrap interval of the mean of `values` (n,), drawn with replacement."""
+    generator = torch.Generator().manual_seed(0)
     chosen = torch.randint(len(values), (resamples, len(values)), generator=generator)
     means = values.double()[chosen].mean(1)  # (resamples,)
-    tail = (1 - level) / 2
+    tail = (1 - 0.95) / 2
     low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return low, high
 
@@ -220,6 +203,32 @@ def _slicer(model: nn.Module, probe: Tensor) -> Slicer:
                 yield part.float()
 
     return slices
+
+
+def _window_values(
+    name: str, slicers: list[Slicer], windows: Tensor, first: int, progress: bool
+) -> tuple[Tensor, Tensor]:
+    """Means of `_token_values` over every window, (windows, 1 or 4), and the histogram of KL.
+
+    Raises:
+        NonFiniteError: the likelihoods of the model `name` are NaN or infinite.
+    """
+    rows = []  # per batch (windows, 1 or 4)
+    histogram = torch.zeros(len(_KL_EDGES) - 1, dtype=torch.int64)
+    with progress_bar("Evaluating", len(windows), show=progress) as advance:
+        for ids in windows.split(max(1, _BATCH_TOKENS // windows.shape[1])):
+            done = sum(map(len, rows))
+            tokens = _token_values(ids, [slicer(ids) for slicer in slicers])[:, first:]
+            rows.append(tokens.mean(1))
+            advance(done + len(ids))
+            if not rows[-1].isfinite().all():
+                raise NonFiniteError(
+                    f"{name}: likelihoods are NaN or infinite in windows {done} "
+                    f"to {done + len(ids) - 1}. Check the weights, or load it in bfloat16."
+                )
+            if len(slicers) > 1:
+                histogram += _histogram(tokens[..., 1].flatten())
+    return torch.cat(rows), histogram
 
 
 def _token_values(ids: Tensor, logits: list[Iterator[Tensor]]) -> Tensor:

@@ -100,17 +100,7 @@ def write_gguf(
         notes = add_tokenizer(writer, tokenizer, parts, opened.config["vocab_size"])
         lost = _Losses()
         entries = list(_entries(opened, gguf, embeddings, k_quants, lost))
-        counts: dict[str, int] = {}
-        for entry in entries:
-            kind = gguf.GGMLQuantizationType[entry.kind]
-            element = {"F32": np.float32, "F16": np.float16}.get(entry.kind, np.uint8)
-            size = int(np.prod(entry.shape)) * np.dtype(element).itemsize
-            writer.add_tensor_info(entry.name, entry.shape, np.dtype(element), size, kind)
-            if entry.kind.startswith("Q"):
-                counts[entry.kind] = counts.get(entry.kind, 0) + 1
-        most = max(counts, key=lambda kind: counts[kind])
-        writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES.get(most, f"MOSTLY_{most}")])
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        counts = _announce(writer, entries, gguf)
         with writing(out), progress_bar("Writing", len(entries), show=progress) as advance:
             writer.write_header_to_file(folder / FILE)
             writer.write_kv_data_to_file()
@@ -127,6 +117,22 @@ def write_gguf(
             max((change for _, change in lost.scales), default=0.0),
             (*_notes(opened, counts, lost, embeddings), *notes),
         )
+
+
+def _announce(writer: Any, entries: list[_Entry], gguf: Any) -> dict[str, int]:
+    """Tell `writer` of all tensors to come, before any is made; how many there are of each Q."""
+    counts: dict[str, int] = {}
+    for entry in entries:
+        kind = gguf.GGMLQuantizationType[entry.kind]
+        element = {"F32": np.float32, "F16": np.float16}.get(entry.kind, np.uint8)
+        size = int(np.prod(entry.shape)) * np.dtype(element).itemsize
+        writer.add_tensor_info(entry.name, entry.shape, np.dtype(element), size, kind)
+        if entry.kind.startswith("Q"):
+            counts[entry.kind] = counts.get(entry.kind, 0) + 1
+    most = max(counts, key=lambda kind: counts[kind])
+    writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES.get(most, f"MOSTLY_{most}")])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    return counts
 
 
 def _check(opened: Opened, embeddings: Embeddings) -> None:

@@ -26,7 +26,6 @@ def run_tasks(
     tasks: Sequence[str],
     *,
     limit: int | None = None,
-    batch_size: int = 1,
     task_folder: str | Path | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Scores of each task, as the harness computes them.
@@ -36,7 +35,6 @@ def run_tasks(
         tokenizer: its tokenizer.
         tasks: names, such as "lambada_openai" or "hellaswag".
         limit: examples per task, from the start; None = all. Scores of a part say little.
-        batch_size: sequences at once.
         task_folder: more task definitions (YAML).
 
     Returns:
@@ -58,7 +56,7 @@ def run_tasks(
         raise CalibrationError(
             f"lm_eval has no task {', '.join(unknown)}. `lm_eval ls tasks` lists them."
         )
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
     found = lm_eval.simple_evaluate(
         model=wrapped,
         tasks=list(tasks),

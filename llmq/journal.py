@@ -1,13 +1,13 @@
 """The hidden folder in which a run lives until it is complete, and its journal.
 
-    .OUT.partial/           beside OUT, on the same file system
-        quantization_log.jsonl   one line per finished block
-        lock                held by the process that works here; the system frees it if that dies
-        journal.json        what the run is, and what of it is finished
+    .OUT.partial/                    beside OUT, on the same file system
+        quantization_log.jsonl       one line per finished block
+        lock                         of the process that works here; freed if that dies
+        journal.json                 what the run is, and what of it is finished
         part-00000.safetensors ...   finished blocks, packed
-    tuning-00015.safetensors     the state of tuning after so many steps
-        stream-0-00003-00000.bin  the hidden states that leave the last finished block
-        result/             becomes OUT, by rename, when it is complete
+        stream-0-00003-00000.bin     the hidden states that leave the last finished block
+        tuning-00015.safetensors     the state of tuning after so many steps
+        result/                      becomes OUT, by rename, when it is complete
 
 The journal is replaced as a whole, by rename, after the files that it names are written. So the
 run can be killed at any instant: what the journal does not name is written again.

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from llmq import ranks
 from llmq.adapters import RoutedLinear
-from llmq.blocks import Call, inputs_of
+from llmq.blocks import inputs_of
+from llmq.calls import Call
 from llmq.moments import SecondMoment, cholesky, second_moments, with_prior
 from llmq.residual import enters_a_sum, reads_and_sums
 from llmq.solvers.gptq import alive

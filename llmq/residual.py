@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from llmq.blocks import Call, Reached, hooks, run_block
+from llmq.blocks import Reached, hooks, run_block
+from llmq.calls import Call
 
 ADDITIONS = ("add", "add_", "__add__", "__iadd__", "__radd__")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmq import ranks
 from llmq.adapters import run_dtype
-from llmq.blocks import Call
+from llmq.calls import Call
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -106,10 +106,10 @@ def as_table(trials: Sequence[Trial]) -> Table:
     return table("llmq demo", columns, rows)
 
 
-def sample(folder: Path, *, max_new_tokens: int = 80, seed: int = 0) -> str:
+def sample(folder: Path) -> str:
     """A few lines that a model of the demo writes."""
     model, tokenizer = open_model(str(folder)), open_tokenizer(str(folder))
-    return generate(model, tokenizer, PROMPT, max_new_tokens, temperature=0.7, seed=seed)
+    return generate(model, tokenizer, PROMPT, 80, temperature=0.7)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from llmq.blocks import Call
+from llmq.calls import Call
 from llmq.objective import is_held_out
 from llmq.scheme import QuantizedWeight, stored
 

@@ -1,4 +1,4 @@
-"""Seeds for all tests and fixtures of the command line. Two processes run, one thread in each."""
+"""Seeds for all tests, and fixtures of several files. Two processes run, one thread in each."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 from zoo import save_tiny, tiny_text
 
@@ -50,6 +51,19 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(tiny_text(300))
     return path
+
+
+@pytest.fixture(scope="module")
+def packed_llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Path]:
+    """A packed Llama in memory and on disk, made from the folder `source` beside that."""
+    from hf_cases import round_to_nearest  # needs llmq.hf, which most tests do without
+
+    from llmq import hf
+
+    root = tmp_path_factory.mktemp("llama")
+    source = save_tiny("llama", root / "source", torch.bfloat16)
+    model = round_to_nearest(AutoModelForCausalLM.from_pretrained(source))
+    return model, hf.save(model, root / "packed", source=source)
 
 
 @pytest.fixture

@@ -27,7 +27,8 @@ from llmq.quantize import Recipe, quantize
 from llmq.scheme import QuantScheme
 from llmq.solvers.gptq import GPTQ
 from llmq.solvers.rtn import RTN
-from llmq.tuning import Progress, ScaleTuning, _Tunable, tune_scales
+from llmq.tunable import Tunable
+from llmq.tuning import Progress, ScaleTuning, tune_scales
 
 QUICK = ScaleTuning(steps=12, rate=1e-2, every=3)
 
@@ -55,7 +56,7 @@ def test_the_gradient_is_that_of_the_scales(scheme):
     layer = PackedLinear.from_linear(nn.Linear(128, 48), scheme)
     x = torch.randn(2, 5, 128, generator=g, requires_grad=True)
     out = torch.randn(2, 5, 48, generator=g)
-    made = _Tunable(layer)
+    made = Tunable(layer)
     (made(x) * out).sum().backward()
     q = layer.quantized()
     theta = torch.zeros(q.scale.shape, dtype=torch.float64, requires_grad=True)

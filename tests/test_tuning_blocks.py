@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from zoo import tiny_model
 
 from llmq.adapters import as_linears
-from llmq.blocks import Call, decoder_blocks, linears, record_calls, run_block
+from llmq.blocks import decoder_blocks, linears, record_calls, run_block
+from llmq.calls import Call
 from llmq.errors import SchemeError
 from llmq.objective import is_held_out
 from llmq.quantize import Recipe, quantize

@@ -1,32 +1,15 @@
-"""Greedy tokens and log-probabilities from GPTQModel.
+"""Greedy tokens and log-probabilities from GPTQModel, see jobs.py."""
 
-Run by compare_engines.py with a JSON file of jobs (a folder, and prompts as lists of token ids) and
-the number of tokens to add. Prints one JSON line per job.
-"""
+from importlib.metadata import version
 
-import importlib.metadata
-import json
-import sys
-from pathlib import Path
-
+import jobs
 import torch
 from gptqmodel import BACKEND, GPTQModel
 
 
-@torch.no_grad()
-def answer(model, prompt, count):
-    tokens, logprobs, cache, new = [], [], None, list(prompt)
-    for _ in range(count):
-        found = model(torch.tensor([new]), past_key_values=cache, use_cache=True)
-        logprob, token = found.logits[0, -1].float().log_softmax(-1).max(-1)
-        cache, new = found.past_key_values, [int(token)]
-        tokens += new
-        logprobs.append(float(logprob))
-    return {"tokens": tokens, "logprobs": logprobs}
+def answers(folder, prompts, count):
+    loaded = GPTQModel.load(folder, device="cpu", backend=BACKEND.TORCH, dtype=torch.float16)
+    return [jobs.greedy(loaded.model, prompt, count) for prompt in prompts]
 
 
-version = f"GPTQModel {importlib.metadata.version('gptqmodel')}, fp16"
-for job in json.loads(Path(sys.argv[1]).read_text()):
-    loaded = GPTQModel.load(job["folder"], device="cpu", backend=BACKEND.TORCH, dtype=torch.float16)
-    found = [answer(loaded.model, prompt, int(sys.argv[2])) for prompt in job["prompts"]]
-    print(json.dumps({"version": version, "answers": found}), flush=True)
+jobs.run(f"GPTQModel {version('gptqmodel')}, fp16", answers)

@@ -1,14 +1,9 @@
-"""Greedy tokens and log-probabilities from llama.cpp (package xllamacpp).
+"""Greedy tokens and log-probabilities from llama.cpp (package xllamacpp), see jobs.py."""
 
-Run by compare_engines.py with a JSON file of jobs (a folder, and prompts as lists of token ids) and
-the number of tokens to add. Prints one JSON line per job.
-"""
-
-import importlib.metadata
-import json
-import sys
+from importlib.metadata import version
 from pathlib import Path
 
+import jobs
 import xllamacpp
 
 
@@ -28,14 +23,15 @@ def answer(server, prompt, count):
     return {"tokens": [t["id"] for t in found], "logprobs": [t["logprob"] for t in found]}
 
 
-version = f"llama.cpp (xllamacpp {importlib.metadata.version('xllamacpp')})"
-for job in json.loads(Path(sys.argv[1]).read_text()):
+def answers(folder, prompts, count):
     params = xllamacpp.CommonParams()
-    params.model.path = str(Path(job["folder"]) / "model.gguf")
+    params.model.path = str(Path(folder) / "model.gguf")
     params.n_ctx = 512
     params.n_parallel = 1
     params.cpuparams.n_threads = 1
     params.warmup = False
     server = xllamacpp.Server(params)
-    found = [answer(server, prompt, int(sys.argv[2])) for prompt in job["prompts"]]
-    print(json.dumps({"version": version, "answers": found}), flush=True)
+    return [answer(server, prompt, count) for prompt in prompts]
+
+
+jobs.run(f"llama.cpp (xllamacpp {version('xllamacpp')})", answers)

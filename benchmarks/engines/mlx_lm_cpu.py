@@ -1,14 +1,8 @@
-"""Greedy tokens and log-probabilities from mlx-lm, on a CPU where there is no Metal.
+"""Greedy tokens and log-probabilities from mlx-lm, on a CPU without Metal, see jobs.py."""
 
-Run by compare_engines.py with a JSON file of jobs (a folder, and prompts as lists of token ids) and
-the number of tokens to add. Prints one JSON line per job.
-"""
+from importlib.metadata import version
 
-import importlib.metadata
-import json
-import sys
-from pathlib import Path
-
+import jobs
 import mlx.core as mx
 from mlx_lm import load
 from mlx_lm.models.cache import make_prompt_cache
@@ -25,8 +19,9 @@ def answer(model, prompt, count):
     return {"tokens": tokens, "logprobs": logprobs}
 
 
-version = f"mlx-lm {importlib.metadata.version('mlx-lm')} on a CPU"
-for job in json.loads(Path(sys.argv[1]).read_text()):
-    model, _ = load(job["folder"])
-    found = [answer(model, prompt, int(sys.argv[2])) for prompt in job["prompts"]]
-    print(json.dumps({"version": version, "answers": found}), flush=True)
+def answers(folder, prompts, count):
+    model, _ = load(folder)
+    return [answer(model, prompt, count) for prompt in prompts]
+
+
+jobs.run(f"mlx-lm {version('mlx-lm')} on a CPU", answers)

@@ -5,35 +5,23 @@ CALIB.json comes from windows.py. `--options` goes to GPTQModifier, for example
 '{"weights": {"observer": "mse"}}'. Prints one JSON line last.
 """
 
+import task  # first, for its clock
+
+# isort: split
 import time
 
-START = time.perf_counter()
+import torch
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import argparse  # noqa: E402
-import json  # noqa: E402
-import resource  # noqa: E402
-
-import torch  # noqa: E402
-from datasets import Dataset  # noqa: E402
-from llmcompressor import oneshot  # noqa: E402
-from llmcompressor.modifiers.gptq import GPTQModifier  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
-
-parser = argparse.ArgumentParser()
-for name in ("src", "out", "calib"):
-    parser.add_argument(name)
-parser.add_argument("bits", type=int, nargs="?", default=4)
-parser.add_argument("group", type=int, nargs="?", default=64)
-parser.add_argument("sym", type=int, nargs="?", default=1)
-parser.add_argument("--options", type=json.loads, default={})
-parser.add_argument("--dtype", default="float32")
+parser = task.parser()
 parser.add_argument("--batch", type=int, default=4)
-parser.add_argument("--threads", type=int, default=2)
 args = parser.parse_args()
 torch.set_num_threads(args.threads)
 
-with open(args.calib) as file:
-    windows = json.load(file)
+windows = task.windows(args.calib)
 dataset = Dataset.from_dict(
     {"input_ids": windows, "attention_mask": [[1] * len(ids) for ids in windows]}
 )
@@ -63,16 +51,4 @@ oneshot(
 seconds = time.perf_counter() - before
 model.save_pretrained(args.out, save_compressed=True)
 AutoTokenizer.from_pretrained(args.src).save_pretrained(args.out)
-
-print()
-print(
-    json.dumps(
-        {
-            "peer": "llmcompressor",
-            "seconds_quantize": seconds,
-            "seconds_process": time.perf_counter() - START,
-            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        }
-    ),
-    flush=True,
-)
+task.done("llmcompressor", seconds)

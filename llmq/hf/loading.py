@@ -74,33 +74,9 @@ def load(
         BackendError: `backend` cannot run one of the layers.
         SchemeError: `head_bits` is not a number of bits that llmq packs.
     """
-    hub = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code")
-    options = {key: kwargs[key] for key in hub if key in kwargs}
-    try:
-        config = AutoConfig.from_pretrained(path_or_name, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise SourceError(f"{path_or_name}: no model can be read there. {reason}") from error
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not getattr(config, "auto_map", None):
-        raise SourceError(
-            f"{path_or_name}: model_type={config.model_type!r} is not a causal language model."
-        )
     wants_info = kwargs.pop("output_loading_info", False)
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path_or_name, output_loading_info=True, **kwargs
-        )
-    except SafetensorError as error:
-        raise FormatError(f"{path_or_name}: a weight file is damaged ({error}).") from error
-    except (OSError, ImportError) as error:  # the package of another method may be missing
-        reason = str(error).strip().partition("\n")[0]
-        raise SourceError(f"{path_or_name}: weights cannot be read. {reason}") from error
-    model, info = loaded
-    if missing := sorted(info["missing_keys"]):
-        raise FormatError(
-            f"{path_or_name}: {len(missing)} tensors are missing, such as {missing[0]}; "
-            "transformers would fill them with random numbers."
-        )
+    _check_config(path_or_name, kwargs)
+    model, info = _read(path_or_name, kwargs)
     head = model.get_output_embeddings()
     if head_bits is not None and isinstance(head, nn.Linear):
         pack_head(model, head_scheme(head.in_features, head_bits))
@@ -113,3 +89,39 @@ def load(
     elif fuse is None:
         fuse_on_gpu(model)
     return (model, info) if wants_info else model
+
+
+def _check_config(path_or_name: str | Path, options: dict[str, Any]) -> None:
+    """Refuse what is no causal language model."""
+    hub = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code")
+    try:
+        config = AutoConfig.from_pretrained(
+            path_or_name, **{key: options[key] for key in hub if key in options}
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise SourceError(f"{path_or_name}: no model can be read there. {reason}") from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not getattr(config, "auto_map", None):
+        raise SourceError(
+            f"{path_or_name}: model_type={config.model_type!r} is not a causal language model."
+        )
+
+
+def _read(path_or_name: str | Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A complete model and its loading info."""
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path_or_name, output_loading_info=True, **options
+        )
+    except SafetensorError as error:
+        raise FormatError(f"{path_or_name}: a weight file is damaged ({error}).") from error
+    except (OSError, ImportError) as error:  # the package of another method may be missing
+        reason = str(error).strip().partition("\n")[0]
+        raise SourceError(f"{path_or_name}: weights cannot be read. {reason}") from error
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise FormatError(
+            f"{path_or_name}: {len(missing)} tensors are missing, such as {missing[0]}; "
+            "transformers would fill them with random numbers."
+        )
+    return model, info

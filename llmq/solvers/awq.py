@@ -17,7 +17,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from llmq.blocks import Call, hooks, run_block
+from llmq.blocks import hooks, run_block
+from llmq.calls import Call
 from llmq.moments import SecondMoment
 from llmq.scheme import QuantScheme
 from llmq.solvers.awq_pairs import Pair, fold, proven_pairs

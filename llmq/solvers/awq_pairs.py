@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from llmq.adapters import RoutedLinear, UnstackedExperts
-from llmq.blocks import Call, hooks, linears, run_block
+from llmq.blocks import hooks, linears, run_block
+from llmq.calls import Call
 
 TOLERANCE = 1e-5  # relative change of the block's output; a wrong pair changes it by percents
 
