@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from llmq.needs import JUDGED, Job, Shape, tuning_piece
+from llmq.needs import JUDGED, tuning_piece
+from llmq.sizes import Job, Shape
 
 SWEEPS = 5  # of coordinate descent
 

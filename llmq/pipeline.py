@@ -11,6 +11,7 @@ import transformers
 
 import llmq
 from llmq import plan, ranks
+from llmq.ahead import read_ahead
 from llmq.errors import SchemeError
 from llmq.gate import Gate
 from llmq.hf.streaming import StoredModel
@@ -71,7 +72,7 @@ def preflight(
         tensor_headers(source.folder),
         recipe,
         out=work.out,
-        job=job(recipe, windows, seq_len, spill, average is not None),
+        job=job(recipe, windows, seq_len, spill, average is not None, device),
         device=device,
         average=average,
         timed=tell is not None,
@@ -125,8 +126,11 @@ def solve(
     blocks, before = len(source.blocks), len(work.journal.blocks)
     with enough_memory():
         gate = Gate(source, text.judge, device) if first else None
-        with progress_bar("Quantizing", blocks, show=show and first, before=before) as finished:
-            store = Streamed(source, work, gate, spill, finished)
+        with (
+            progress_bar("Quantizing", blocks, show=show and first, before=before) as finished,
+            read_ahead(source.block, blocks, device) as read,
+        ):
+            store = Streamed(source, work, gate, spill, finished, read)
             layers = list(quantize(source.model, batches, recipe, device, store))
         if not first:
             return None

@@ -54,12 +54,11 @@ def search_grid(
     """
     scales, zeros = _candidates(groups, scheme, dtype)  # (C, ...)
     step = max(1, AT_ONCE // groups.numel())
-    errors = torch.cat(
-        [
-            _error(groups, scales[i : i + step], zeros[i : i + step], scheme, apply)
-            for i in range(0, len(scales), step)
-        ]
-    )
+    # In their place from the start: small results between large ones break up the C library's heap.
+    errors = torch.empty_like(scales)
+    for i in range(0, len(scales), step):
+        part = slice(i, i + step)
+        errors[part] = _error(groups, scales[part], zeros[part], scheme, apply)
     best = errors.argmin(0, keepdim=True)
     scale, zero, error = (t.gather(0, best)[0] for t in (scales, zeros, errors))
     for _ in range(REFITS):
