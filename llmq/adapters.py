@@ -98,12 +98,20 @@ def shared_copy(block: nn.Module) -> nn.Module:
 
 
 def run_copy(block: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A copy of a block on `device`, float16 parameters in `dtype`."""
-    work = copy.deepcopy(block).to(device)
-    for tensor in work.parameters():
-        if tensor.dtype == torch.float16:
-            tensor.data = tensor.data.to(dtype)
-    return work
+    """A copy of a block on `device`, float16 parameters in `dtype`.
+
+    The CPU does not wait for what a GPU takes from pinned memory.
+    """
+
+    def moved(tensor: Tensor) -> Tensor:
+        learned = isinstance(tensor, nn.Parameter)
+        wanted = dtype if learned and tensor.dtype == torch.float16 else tensor.dtype
+        later = device.type == "cuda"
+        data = tensor.detach().to(device, wanted, non_blocking=later, copy=True)
+        return nn.Parameter(data, tensor.requires_grad) if learned else data
+
+    tensors = [*block.parameters(), *block.buffers()]
+    return copy.deepcopy(block, {id(t): moved(t) for t in tensors})
 
 
 def run_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

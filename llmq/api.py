@@ -215,7 +215,7 @@ def plan(
         recipe,
         ranks=tensor_parallel,
         out=out,
-        job=job(recipe, windows, seq_len, activations == "disk", average is not None),
+        job=job(recipe, windows, seq_len, activations == "disk", average is not None, where),
         device=where,
         average=average,
     )

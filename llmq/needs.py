@@ -7,8 +7,9 @@ hold at once in each; the largest sum is the peak. K, N are inputs and outputs o
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import replace
+
+from llmq.sizes import Group, Job, Phase, Shape
 
 JUDGED = 256  # tokens that the gate carries along
 SLICE = 1 << 22  # weights whose errors are summed at once, see `scheme.QuantizedWeight.slices`
@@ -16,133 +17,31 @@ TRIALS = 1 << 20  # weights times candidates that a grid search tries at once
 CHUNK = 1 << 24  # bytes of a file that are checked at once
 LOGITS = 1 << 25  # of one piece of a batch while scales are tuned, see `tuning`
 
-Kind = Literal["rtn", "grid", "gptq", "polished"]
-
-
-@dataclass(frozen=True)
-class Group:
-    """Matrices of a block that read one tensor and are solved together.
-
-    Attributes:
-        rows: N of all of them (of one expert).
-        widest: N of the largest.
-        columns: K.
-        experts: how many of these there are.
-        active: how many of them a token goes through.
-    """
-
-    rows: int
-    widest: int
-    columns: int
-    experts: int = 1
-    active: int = 1
-
-    @property
-    def weights(self) -> int:
-        """All weights."""
-        return self.experts * self.rows * self.columns
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What of a model matters.
-
-    Attributes:
-        blocks: decoder blocks.
-        block_bytes: of the largest of them.
-        rest_bytes: of everything outside them.
-        groups: of the largest block, in the order in which they are solved.
-        hidden: width of the hidden states.
-        vocabulary: width of the logits.
-        itemsize: bytes of a weight, and of a number of a hidden state.
-        heads: of attention.
-        eager: whether attention holds the probabilities of all pairs of tokens.
-    """
-
-    blocks: int
-    block_bytes: int
-    rest_bytes: int
-    groups: tuple[Group, ...]
-    hidden: int
-    vocabulary: int
-    itemsize: int
-    heads: int
-    eager: bool
-
-
-@dataclass(frozen=True)
-class Job:
-    """How it shall be done.
-
-    Attributes:
-        tokens: of calibration text in this process.
-        window: tokens of one window.
-        batch: tokens that go through a block at once.
-        kind: of solver: rounding, rounding on searched grids, GPTQ, or GPTQ and descent.
-        match: whether the full-precision stream is carried along.
-        awq: whether channels are scaled.
-        lean: whether hidden states are kept in files.
-        scan: whether the whole model is run backwards first, to allocate an average of bits.
-        head: whether the output layer is quantized too.
-        tuning: steps of tuning all scales in the end.
-    """
-
-    tokens: int
-    window: int
-    batch: int
-    kind: Kind
-    match: bool = False
-    awq: bool = False
-    lean: bool = False
-    scan: bool = False
-    head: bool = False
-    tuning: int = 0
-
-
-@dataclass(frozen=True)
-class Phase:
-    """What is held at once at the fullest moment of a part of a run, in bytes by name.
-
-    Attributes:
-        name: of the part.
-        device: on the device that calibrates.
-        host: in memory of the CPU, whatever the device.
-        mapped: pages of files, which the system takes back when it needs room.
-    """
-
-    name: str
-    device: dict[str, int] = field(default_factory=dict)
-    host: dict[str, int] = field(default_factory=dict)
-    mapped: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def on_device(self) -> int:
-        return sum(self.device.values())
-
-    @property
-    def on_host(self) -> int:
-        return sum(self.host.values())
-
-    @property
-    def of_files(self) -> int:
-        return sum(self.mapped.values())
-
 
 def memory(shape: Shape, job: Job) -> list[Phase]:
     """The phases of a run."""
     phases = [Phase("checking the source", host={"pieces of files": 3 * CHUNK})]
     if job.scan:
         phases.append(_scanning(shape, job))
-    if job.awq:
-        phases += _smoothing(shape, job)
-    for i in range(len(shape.groups)):
-        phases += _solving(shape, job, i)
-    phases += [_judging(shape, job), _writing(shape, job), _ending(shape)]
+    phases += _on_blocks(shape, job)
+    phases.append(_ending(shape))
     if job.head:
         phases.append(_solving_head(shape, job))
     if job.tuning:
         phases.append(_tuning(shape, job))
     return phases
+
+
+def _on_blocks(shape: Shape, job: Job) -> list[Phase]:
+    """What is done with every block."""
+    phases = [*_smoothing(shape, job)] if job.awq else []
+    for i in range(len(shape.groups)):
+        phases += _solving(shape, job, i)
+    phases += [_judging(shape, job), _writing(shape, job)]
+    if not job.ahead:
+        return phases
+    both = {"this block and the next": 2 * shape.block_bytes}  # in pinned memory
+    return [replace(phase, host={**phase.host, **both}) for phase in phases]
 
 
 def states(shape: Shape, job: Job) -> int:
@@ -195,30 +94,36 @@ def _solving(shape: Shape, job: Job, index: int) -> Iterator[Phase]:
         held = 2 * square  # H, and H with more on its diagonal
     else:
         held = g.experts * square
-    work = {"second moments": held, "solver": solver(g, job.kind, shape.itemsize)}
+    work = {"second moments": held, "solver": solver(g, job, shape.itemsize)}
     yield Phase("solving", {**fixed, **work}, {}, source)
 
 
-def solver(g: Group, kind: Kind, itemsize: int) -> int:
+def solver(g: Group, job: Job, itemsize: int) -> int:
     """Bytes that a solver holds at its fullest moment, its weights included, H not."""
     square, matrix = 4 * g.columns**2, g.rows * g.columns
     tall = itemsize * matrix
-    if kind == "rtn":
-        return tall + 13 * matrix
-    if kind == "grid":
-        return tall + 5 * matrix + 4 * 4 * max(TRIALS, matrix)
-    search = 4 * 4 * max(TRIALS, matrix * 128 // g.columns)
+    # Afterwards: a slice of values and errors in float32; or one matrix of codes becomes weights.
+    after = tall + matrix + max(24 * min(SLICE, matrix), _values(g, itemsize))
+    if job.kind in ("rtn", "grid"):
+        return max(after, tall + matrix + 24 * TRIALS)
+    wide = g.rows * (g.columns if job.group == -1 else job.group)  # weights of one column of groups
+    search = 4 * wide + 4 * 4 * max(TRIALS, wide)
     # Factor and its inverse in float64, then in float32; then that, columns and codes.
     pass_over = max(3 * square + tall, square + tall + 5 * matrix + max(search, 2 * matrix))
-    if kind == "gptq":
-        return pass_over
+    if job.kind == "gptq":
+        return max(pass_over, after)
     descent = tall + matrix + 16 * matrix  # weights, codes, values and errors in float32
     errors = 2 * square + tall + 2 * matrix + 5 * 8 * min(SLICE, matrix)
     return max(pass_over, descent, errors)
 
 
+def _values(g: Group, itemsize: int) -> int:
+    """What the weights of the largest matrix take while they are made of its codes."""
+    return (2 + 2 * itemsize) * g.widest * g.columns
+
+
 def _smoothing(shape: Shape, job: Job) -> Iterator[Phase]:
-    """Pairs are proven on a copy in float64; then factors are tried on copies."""
+    """Pairs are proven on a copy in float64; then factors are tried on another one."""
     fixed = {**_carried(shape, job), **_block(shape, job)}
     source = {"source of the block": shape.block_bytes}
     largest = max(g.rows * g.columns for g in shape.groups)
@@ -229,7 +134,7 @@ def _smoothing(shape: Shape, job: Job) -> Iterator[Phase]:
     }
     yield Phase("proving pairs", {**fixed, **exact}, {}, source)
     trials = {
-        "trial copies": 2 * shape.block_bytes,
+        "a trial copy": shape.block_bytes,
         "second moments": sum(4 * g.columns**2 for g in shape.groups),
         "a matrix": 19 * widest,
         "a batch": _running(shape, job),
@@ -239,13 +144,13 @@ def _smoothing(shape: Shape, job: Job) -> Iterator[Phase]:
 
 def _judging(shape: Shape, job: Job) -> Phase:
     """The gate runs the original, the rounded and the solved block, one after the other."""
-    largest = max(g.widest * g.columns for g in shape.groups)
+    largest = max(g.widest * g.columns + _values(g, shape.itemsize) for g in shape.groups)
     codes = sum(g.weights for g in shape.groups)
     device = {
         **_carried(shape, job),
         "codes": codes,
         "copies of the block": shape.block_bytes,
-        "a rounded matrix": 13 * largest,
+        "a rounded matrix": largest,
     }
     return Phase("judging", device, {}, {"source of the block": 2 * shape.block_bytes})
 
@@ -269,7 +174,7 @@ def _ending(shape: Shape) -> Phase:
 def _solving_head(shape: Shape, job: Job) -> Phase:
     head = Group(shape.vocabulary, shape.vocabulary, shape.hidden)
     square = 4 * shape.hidden**2
-    work = {"second moments": square, "solver": solver(head, job.kind, shape.itemsize)}
+    work = {"second moments": square, "solver": solver(head, job, shape.itemsize)}
     rest = {"embeddings and output layer": shape.rest_bytes}
     return Phase("output layer", {**_carried(shape, job), **work}, {}, rest)
 

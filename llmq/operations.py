@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from llmq.needs import JUDGED, Job, Shape, tuning_piece
+from llmq.needs import JUDGED, tuning_piece
+from llmq.sizes import Job, Shape
 
 SWEEPS = 5  # of coordinate descent
 
@@ -35,7 +36,8 @@ def operations(shape: Shape, job: Job) -> dict[str, float]:
             total["float64"] += E * K**3
             total["float32"] += E * N * K * K * (1 + 2 * sweeps)
             total["float64"] += 2.5 * E * N * K * K if sweeps else 0
-            total["elements"] += E * N * K * (270 + 75 * sweeps)
+            tried = 250 if sweeps else 0  # grids, in the ladder's recipes
+            total["elements"] += E * N * K * (270 + tried + 75 * sweeps)
             total["steps"] += E * K * (10 + 7 * sweeps)
         elif job.kind == "grid":
             total["elements"] += 300 * E * N * K
@@ -52,7 +54,7 @@ def operations(shape: Shape, job: Job) -> dict[str, float]:
     if job.head:
         N, K = shape.vocabulary, shape.hidden
         total["float32"] += 1.25 * job.tokens * K * K + N * K * K * (3.5 + 2 * sweeps)
-        total["elements"] += N * K * (310 + 75 * sweeps)
+        total["elements"] += N * K * (310 + (250 if sweeps else 0) + 75 * sweeps)
     if job.tuning:
         weights = shape.blocks * sum(g.active * g.rows * g.columns for g in shape.groups)
         tokens = job.tuning * job.batch

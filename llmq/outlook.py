@@ -12,10 +12,11 @@ from torch import nn
 from llmq import machine
 from llmq.adapters import as_linears, shared_copy
 from llmq.blocks import decoder_blocks, linears
-from llmq.needs import Group, Job, Phase, Shape, memory, states
+from llmq.needs import memory, states
 from llmq.objective import HELD_OUT
 from llmq.operations import operations
 from llmq.recipe import Recipe
+from llmq.sizes import Group, Job, Phase, Shape
 from llmq.solvers.descent import Polished
 from llmq.solvers.gptq import GPTQ
 from llmq.solvers.rtn import RTN
@@ -53,7 +54,9 @@ def batch_windows(windows: int, window: int) -> int:
     return max(1, min(BATCH_TOKENS // window, windows // HELD_OUT))
 
 
-def job(recipe: Recipe, windows: int, window: int, lean: bool, scan: bool) -> Job:
+def job(
+    recipe: Recipe, windows: int, window: int, lean: bool, scan: bool, device: str = "cpu"
+) -> Job:
     """What a recipe asks for, with so many calibration windows of so many tokens; see `Job`."""
     solver = recipe.solver
     polished = isinstance(solver, Polished)
@@ -71,6 +74,8 @@ def job(recipe: Recipe, windows: int, window: int, lean: bool, scan: bool) -> Jo
         scan=scan,
         head=recipe.lm_head,
         tuning=recipe.scales.steps if recipe.scales else 0,
+        ahead=device != "cpu",
+        group=recipe.scheme.group_size,
     )
 
 

@@ -11,6 +11,7 @@ import transformers
 
 import llmq
 from llmq import plan, ranks
+from llmq.ahead import read_ahead
 from llmq.errors import SchemeError
 from llmq.gate import Gate
 from llmq.hf.streaming import StoredModel
@@ -105,7 +106,7 @@ def preflight(run: Run, average: float | None, tell: Callable[[str], None] | Non
         tensor_headers(run.source.folder),
         recipe,
         out=run.work.out,
-        job=job(recipe, windows, seq_len, run.spill, average is not None),
+        job=job(recipe, windows, seq_len, run.spill, average is not None, run.device),
         device=run.device,
         average=average,
         timed=tell is not None,
@@ -144,8 +145,11 @@ def solve(run: Run, *, show: bool) -> Solved | None:
     blocks, before = len(source.blocks), len(work.journal.blocks)
     with enough_memory():
         gate = Gate(source, run.text.judge, device) if first else None
-        with progress_bar("Quantizing", blocks, show=show and first, before=before) as finished:
-            store = Streamed(source, work, gate, run.spill, finished)
+        with (
+            progress_bar("Quantizing", blocks, show=show and first, before=before) as finished,
+            read_ahead(source.block, blocks, device) as read,
+        ):
+            store = Streamed(source, work, gate, run.spill, finished, read)
             layers = list(quantize(source.model, batches, recipe, device, store))
         if not first:
             return None

@@ -20,7 +20,6 @@ from llmq.engines import Engine, engines
 from llmq.errors import MemoryLimitError, OutputError, SchemeError
 from llmq.hf.outline import outline, pack_outline, stored_bytes
 from llmq.journal import Workplace
-from llmq.needs import Job, Shape
 from llmq.nn import PackedEmbedding, packed_modules
 from llmq.outlook import SURE, Outlook, advice, foresee, lacking, shape as shape_of
 from llmq.progress import duration
@@ -28,6 +27,7 @@ from llmq.recipe import Recipe, check_experts, embedding_scheme, input_widths, q
 from llmq.report import size
 from llmq.scheme import QuantScheme, undivided
 from llmq.shards import DTYPES
+from llmq.sizes import Job, Shape
 from llmq.stored import Header
 
 GROUPS = (128, 64, 32)

@@ -115,8 +115,9 @@ def meet(full: bool = False) -> None:
 
 def fill_from(owner: int, tensor: Tensor) -> None:
     """Give a contiguous tensor, in all processes, the values that it has in process `owner`."""
+    data = tensor.flatten().view(torch.uint8)  # no copy
     with _others_alive():
-        distributed.broadcast(tensor.view(torch.uint8), owner)
+        distributed.broadcast(data, owner)
 
 
 def everyones(value: T) -> list[T]:
@@ -142,5 +143,7 @@ def _others_alive() -> Iterator[None]:
     """Turn a broken connection into a ProcessError."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # what gloo and NCCL raise if another process has died
         raise ProcessError(_ENDED) from error

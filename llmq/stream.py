@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq import ranks, shards
+from llmq.ahead import Read
 from llmq.errors import IntegrityError
 from llmq.gate import Gate, check_layer
 from llmq.hf import saving
@@ -45,6 +46,7 @@ class Streamed:
             that does not write.
         spill: keep hidden states in memory-mapped files instead of in memory.
         finished: is called with the number of finished blocks after each of them.
+        read: gives a block by its number, if not `source.block` (see `ahead`).
 
     Raises:
         OutputError: nothing can be written any more.
@@ -58,8 +60,10 @@ class Streamed:
         gate: Gate | None,
         spill: bool = False,
         finished: Callable[[int], None] | None = None,
+        read: Read | None = None,
     ) -> None:
         self._source = source
+        self._read = read or source.block
         self._work = work
         self._gate = gate
         self.lean = spill
@@ -78,7 +82,7 @@ class Streamed:
         for states in (*self._files, self._judged):
             states.boundary = index + 1
         self._opened = time.perf_counter()
-        return self._source.block(index)
+        return self._read(index)
 
     def streams(self, count: int) -> Sequence[MutableSequence[Tensor]]:
         # Of every process, those of the flow and the gate's.

@@ -22,7 +22,7 @@ from llmq.retry import Effort, Retries
 from llmq.scheme import QuantizedWeight, QuantScheme
 from llmq.solvers.gptq import GPTQ
 
-WIDTH, INNER, EXPERTS = 256, 128, 5
+WIDTH, INNER, EXPERTS = 256, 64, 5  # of which the second has one group of 64
 SCHEME = QuantScheme(4, 64)
 CPU = torch.device("cpu")
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, strategies as st
-from sharing import EXPERTS, SCHEME, WIDTH, Noted, block, job, texts
+from sharing import EXPERTS, INNER, SCHEME, WIDTH, Noted, block, job, texts
 from torch import Tensor
 
 from llmq.division import TILE, divide
@@ -81,7 +81,7 @@ def test_each_process_solves_its_part_and_all_get_the_whole(processes: int, tmp_
     # The last process does not solve what the others do: no row of a matrix comes twice.
     own = [rows_of(each["plain"]["calls"]) for each in found]
     assert all(own)
-    total = 3 * WIDTH + EXPERTS * 2 * WIDTH
+    total = 3 * WIDTH + EXPERTS * (2 * INNER + WIDTH)
     assert sum(len(rows) for rows in own) == len(set.union(*own)) == total
     assert max(len(rows) for rows in own) < 0.75 * total
     # One process gets the same bytes from the same second moments, and it does so in tall matrices.
@@ -115,5 +115,5 @@ def test_one_process_solves_tall_matrices() -> None:
     solver = Noted()
     solution = job(solver, texts()).solve(Effort(torch.device("cpu"), single=False))
     sizes = [len(W) for W, _ in solver.calls]
-    assert sizes == [2 * WIDTH, WIDTH, *[WIDTH] * EXPERTS, *[WIDTH] * EXPERTS]
+    assert sizes == [2 * WIDTH, WIDTH, *[2 * INNER] * EXPERTS, *[WIDTH] * EXPERTS]
     assert [report.name for report in solution.reports][:4] == [f"block.{n}" for n in "qkvo"]

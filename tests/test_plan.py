@@ -21,6 +21,7 @@ from llmq.ladder import METHODS, QUALITIES
 from llmq.operations import operations
 from llmq.quantize import Recipe, quantizable
 from llmq.scheme import QuantScheme
+from llmq.sizes import Job, Shape
 from llmq.solvers.rtn import RTN
 from llmq.stored import Header, tensor_headers
 
@@ -92,11 +93,11 @@ def test_seventy_billion_weights_are_planned_without_reading_one() -> None:
 GIB = 1 << 30
 
 
-def job_of(recipe: Recipe, windows: int = 128, lean: bool = False) -> needs.Job:
+def job_of(recipe: Recipe, windows: int = 128, lean: bool = False) -> Job:
     return outlook.job(recipe, windows, 512, lean, scan=False)
 
 
-def peak(shape: needs.Shape, job: needs.Job) -> int:
+def peak(shape: Shape, job: Job) -> int:
     return max(phase.on_device + phase.on_host for phase in needs.memory(shape, job))
 
 

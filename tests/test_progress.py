@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from llmq.progress import Pace, duration
 
-RECORDED = json.loads((Path(__file__).parents[1] / "benchmarks/results/memory.json").read_text())
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+RECORDED = json.loads((BENCHMARKS / "results" / "memory.json").read_text())
 
 
 def test_the_time_that_is_left():
@@ -40,3 +43,25 @@ def test_the_time_that_is_left_of_recorded_runs(run):
     for finished in range(1, done + 1):
         pace.note(ends[finished - 1], finished)
     assert pace.remaining() == pytest.approx(ends[-1] - ends[done - 1], rel=0.15)
+
+
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    spec = importlib.util.spec_from_file_location("eta", BENCHMARKS / "eta.py")
+    assert spec
+    assert spec.loader
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+def test_the_benchmark_of_predictions(monkeypatch: pytest.MonkeyPatch):
+    eta = benchmark(monkeypatch)
+    assert [eta.tenth(blocks) for blocks in (4, 20, 32)] == [2, 2, 4]
+    even = eta.judged([30.0, 40.0, 50.0, 60.0], 70.0)  # the first block had to wait
+    assert [row["done"] for row in even] == [1, 2, 3]
+    assert even[0]["error"] == 2.0  # 90 s instead of 30 s
+    assert [row["error"] for row in even[1:]] == [0, 0]
+    assert even[1]["error_of_the_run"] == pytest.approx(20 / 30 - 1)
+    slower = eta.judged([10.0, 20.0, 40.0, 60.0], 60.0)
+    assert slower[1]["error"] == -0.5

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -50,6 +50,7 @@ class StoredModel:
         self.keys = self._where.keys()
         self.model: Any = _skeleton(folder, self._where)
         self.prefix, self.blocks = decoder_blocks(self.model)
+        self._empty = tuple(self.blocks)  # while calls are recorded, others are in their place
         self._parts = self._assign()
         _expect_packed(self.model)
 
@@ -57,11 +58,21 @@ class StoredModel:
         """A decoder block with its weights, mapped from the files where they lie there as they are.
 
         Every call gives another one: what is done to it, or that it is dropped, changes nothing.
+
+        Raises:
+            SourceError: it cannot be read.
+            FormatError: a file has changed since this model was opened.
         """
-        block = copy.deepcopy(self.blocks[index])
+        block = copy.deepcopy(self._empty[index])
         prefix = f"{self.prefix}.{index}."
-        for name, tensor in self._read(index):
-            _put(block, name.removeprefix(prefix), tensor)
+        try:
+            for name, tensor in self._read(index):
+                _put(block, name.removeprefix(prefix), tensor)
+        except (OSError, SafetensorError) as error:
+            raise SourceError(
+                f"{self.folder}: {prefix}* cannot be read: {error}. Is this folder still there? "
+                "The same command goes on when it is."
+            ) from error
         return block.eval()
 
     @contextmanager

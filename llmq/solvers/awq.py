@@ -66,11 +66,11 @@ class AWQ:
             factors = self.search(block, pair, H, schemes)
             if factors is None:
                 continue
-            trial = copy.deepcopy(work)
-            plain = _output_error(trial, pair, schemes, hidden[-1], calls[-1], target)
-            trial = copy.deepcopy(work)
-            fold(trial, pair, factors)
-            if _output_error(trial, pair, schemes, hidden[-1], calls[-1], target) < plain:
+            plain, scaled = (
+                _output_error(work, pair, schemes, s, hidden[-1], calls[-1], target)
+                for s in (None, factors)
+            )
+            if scaled < plain:
                 fold(block, pair, factors)
                 fold(work, pair, factors)
                 used.append(pair)
@@ -108,14 +108,18 @@ def _expected_error(weight: Tensor, factors: Tensor, H: Tensor, scheme: QuantSch
 
 @torch.no_grad()
 def _output_error(
-    trial: nn.Module,
+    block: nn.Module,
     pair: Pair,
     schemes: dict[str, QuantScheme],
+    factors: Tensor | None,
     hidden: Tensor,
     call: Call,
     target: Tensor,
 ) -> float:
-    """Squared error of the block's output with the pair's readers rounded to nearest, in place."""
+    """Squared error of the block's output with the pair's readers scaled and rounded to nearest."""
+    trial = copy.deepcopy(block)
+    if factors is not None:
+        fold(trial, pair, factors)
     for name in pair.readers:
         if name in schemes:
             weight = trial.get_parameter(f"{name}.weight")

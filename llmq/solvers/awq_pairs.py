@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from llmq.adapters import RoutedLinear, UnstackedExperts
 from llmq.blocks import hooks, linears, run_block
 from llmq.calls import Call
+from llmq.moments import ROWS
 
 TOLERANCE = 1e-5  # relative change of the block's output; a wrong pair changes it by percents
 
@@ -55,8 +56,11 @@ class Pair:
 def fold(block: nn.Module, pair: Pair, factors: Tensor) -> None:
     """Multiply the readers' columns by `factors` (K,) and divide the producer by them, in place."""
     for name in pair.readers:
-        weight = block.get_parameter(f"{name}.weight")
-        weight.data.copy_(weight.data.double() * factors.to(weight.device).double())
+        weight = block.get_parameter(f"{name}.weight").data
+        wide = factors.to(weight.device).double()
+        for W in weight if weight.ndim == 3 else [weight]:
+            for rows in W.split(ROWS):
+                rows.copy_(rows.double() * wide)
     own = dict(block.get_submodule(pair.producer).named_parameters(recurse=False))
     for kind in own.keys() & {"weight", "bias"}:
         parameter = own[kind]

@@ -86,13 +86,12 @@ def _ranked(
     """Scales, zeros and errors (count, ...) of the best candidates, best first."""
     scales, zeros = _candidates(groups, scheme, dtype)  # (C, ...)
     step = max(1, AT_ONCE // groups.numel())
-    errors = torch.cat(
-        [
-            _error(groups, scales[i : i + step], zeros[i : i + step], scheme, apply)
-            for i in range(0, len(scales), step)
-        ]
-    )
-    best = errors.argsort(dim=0, stable=True)[:count]
+    # In their place from the start: small results between large ones break up the C library's heap.
+    errors = torch.empty_like(scales)
+    for i in range(0, len(scales), step):
+        part = slice(i, i + step)
+        errors[part] = _error(groups, scales[part], zeros[part], scheme, apply)
+    best = errors.argmin(0, keepdim=True) if count == 1 else errors.argsort(0, stable=True)[:count]
     return scales.gather(0, best), zeros.gather(0, best), errors.gather(0, best)
 
 

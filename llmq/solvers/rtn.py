@@ -6,8 +6,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from llmq.scheme import QuantizedWeight, QuantScheme, grouped, minmax_grid, round_to_grid
-from llmq.solvers.grid import by_block, search_grid
+from llmq.scheme import (
+    QuantizedWeight,
+    QuantScheme,
+    empty,
+    grouped,
+    minmax_grid,
+    round_to_grid,
+)
+from llmq.solvers.grid import AT_ONCE, by_block, search_grid
 
 
 @dataclass(frozen=True)
@@ -24,10 +31,17 @@ class RTN:
     search: bool = False
 
     def solve(self, W: Tensor, H: Tensor, scheme: QuantScheme) -> QuantizedWeight:
-        """See `solvers.Solver.solve`."""
-        groups = grouped(W.float(), scheme)  # (N, K/G, G)
-        if self.search:
-            scale, zero = search_grid(groups, scheme, W.dtype, by_block(H, groups.shape[-1]))
-        else:
-            scale, zero = minmax_grid(groups, scheme, W.dtype)
-        return round_to_grid(W, scale, zero, scheme, W.dtype)
+        """See `solvers.Solver.solve`. Of W and its codes, a few rows are worked on at once."""
+        N, K = W.shape
+        apply = by_block(H, scheme.group_width(K)) if self.search else None
+        q = empty(scheme, (N, K), W.dtype, W.device)
+        for rows in q.slices(AT_ONCE):
+            part = W[rows].float()
+            groups = grouped(part, scheme)  # (n, K/G, G)
+            if apply is None:
+                scale, zero = minmax_grid(groups, scheme, W.dtype)
+            else:
+                scale, zero = search_grid(groups, scheme, W.dtype, apply)
+            own = round_to_grid(part, scale, zero, scheme, W.dtype)
+            q.codes[rows], q.scale[rows], q.zero[rows] = own.codes, own.scale, own.zero
+        return q

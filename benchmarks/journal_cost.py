@@ -1,0 +1,174 @@
+"""What does it cost that a run can go on after a crash? Pairs of runs, with a journal and without.
+
+    python benchmarks/journal_cost.py [--pairs 5] [--out benchmarks/results/journal_cost.json]
+    python benchmarks/journal_cost.py --tiny          # does it run?
+
+Both write the same checkpoint. One writes, behind every block, the hidden states that leave it,
+their hashes and the journal, as llmq always does; the other keeps hidden states in memory and
+could not go on. One thread; each run in a process of its own, the two of a pair one after the other
+and in turns first. A row has seconds of the processor and of the clock, from the first block to the
+end of the run, and the ratios of each pair.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, MutableSequence, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from environment import environment
+from random_models import write_model
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from llmq.gate import TOKENS, Gate, check_layer
+from llmq.hf.streaming import StoredModel
+from llmq.journal import workplace
+from llmq.ladder import METHODS, QUALITIES
+from llmq.outlook import batch_windows
+from llmq.output import writing
+from llmq.quantize import quantize
+from llmq.report import layer_entry
+from llmq.scheme import QuantizedWeight, QuantScheme
+from llmq.store import LayerReport
+from llmq.stream import Streamed
+
+MOST = 0.02
+
+
+class Forgetful(Streamed):
+    """Writes finished blocks, and nothing to go on from."""
+
+    def streams(self, count: int) -> Sequence[MutableSequence[Tensor]]:
+        kept: Any = []
+        self._judged = kept
+        assert self._gate
+        self._gate.start(kept)
+        self._streams = [[] for _ in range(count)]
+        return self._streams
+
+    def open(self, index: int) -> nn.Module:
+        self._opened = time.perf_counter()
+        return self._read(index)
+
+    def close(
+        self,
+        index: int,
+        block: nn.Module,
+        solved: Mapping[str, Sequence[QuantizedWeight]],
+        reports: Sequence[LayerReport],
+    ) -> None:
+        for report in reports:
+            check_layer(report)
+        assert self._gate
+        with writing(self._work.out):
+            self._gate.step(index, block, solved, self._judged)
+            part = self._write_block(index, block, solved)
+            layers = [layer_entry(report) for report in reports]
+            self._work.journal.blocks.append({**part, "layers": layers})
+
+
+def child(source: str, out: str, journal: bool, method: str, samples: int, seq_len: int) -> None:
+    """One run, from the first block to the written checkpoint; prints its seconds."""
+    torch.set_num_threads(1)
+    recipe = dataclasses.replace((METHODS | QUALITIES)[method], scheme=QuantScheme(4, 64, True))
+    generator = torch.Generator().manual_seed(0)
+    windows = torch.randint(2, 1000, (samples + 1, seq_len), generator=generator)
+    batches = windows[1:].split(batch_windows(samples, seq_len))
+    with workplace(out) as work:
+        stored = StoredModel(Path(source))
+        work.begin({})
+        clock, processor = time.perf_counter(), time.process_time()
+        kind = Streamed if journal else Forgetful
+        store = kind(stored, work, Gate(stored, windows[:1, :TOKENS], "cpu"))
+        list(quantize(stored.model, batches, recipe, "cpu", store))
+        digests, _ = store.finish()
+        seconds, cpu_seconds = time.perf_counter() - clock, time.process_time() - processor
+    print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds, "digests": digests}))
+
+
+def run(source: Path, room: Path, journal: bool, options: Sequence[str]) -> dict[str, Any]:
+    """One run in a process of its own."""
+    command = [sys.executable, "-W", "ignore", __file__, "--child", str(source), str(room / "out")]
+    command += [str(int(journal)), *options]
+    environ = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environ)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--child", nargs=6)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--inner", type=int, default=2816)
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--method", default="gptq", help="or a quality")
+    parser.add_argument("--tiny", action="store_true", help="narrow blocks, little text")
+    parser.add_argument("--folder", type=Path, help="for models (default: a temporary one)")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/journal_cost.json")
+    args = parser.parse_args()
+    if args.child:
+        source, out, journal, method, samples, seq_len = args.child
+        child(source, out, journal == "1", method, int(samples), int(seq_len))
+        return
+    if args.tiny:
+        args.hidden, args.inner, args.samples, args.seq_len, args.pairs = 128, 256, 8, 64, 1
+    config = AutoConfig.for_model(
+        "llama",
+        hidden_size=args.hidden,
+        intermediate_size=args.inner,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.hidden // 64,
+        num_key_value_heads=args.hidden // 128,
+        vocab_size=4096,
+        max_position_embeddings=1024,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=1,
+        dtype="bfloat16",
+    )
+    options = [args.method, str(args.samples), str(args.seq_len)]
+    rows = []
+    with tempfile.TemporaryDirectory(dir=args.folder) as room:
+        write_model(config, Path(room) / "model")
+        for pair in range(args.pairs):
+            found = {}
+            for journal in (True, False) if pair % 2 else (False, True):
+                with tempfile.TemporaryDirectory(dir=room) as own:
+                    found[journal] = run(Path(room) / "model", Path(own), journal, options)
+            if found[True].pop("digests") != found[False].pop("digests"):
+                raise SystemExit("The two runs of a pair wrote different checkpoints.")
+            ratios = {
+                f"{kind}_ratio": found[True][kind] / found[False][kind] for kind in found[True]
+            }
+            rows.append({"with": found[True], "without": found[False], **ratios})
+            print(json.dumps(rows[-1]), flush=True)
+    median = {
+        kind: statistics.median(row[kind] for row in rows)
+        for kind in ("seconds_ratio", "cpu_seconds_ratio")
+    }
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "folder", "child")}
+    good = median["cpu_seconds_ratio"] <= 1 + MOST
+    result = {"environment": environment(1), "settings": settings, "most": MOST, "good": good}
+    result |= {"median": median, "pairs": rows}
+    print(json.dumps(median))
+    default = None if args.tiny else Path("benchmarks/results/journal_cost.json")
+    if target := args.out or default:
+        target.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""What of a model, and of what is to be done to it, matters for memory and time: numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Kind = Literal["rtn", "grid", "gptq", "polished"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Matrices of a block that read one tensor and are solved together.
+
+    Attributes:
+        rows: N of all of them (of one expert).
+        widest: N of the largest.
+        columns: K.
+        experts: how many of these there are.
+        active: how many of them a token goes through.
+    """
+
+    rows: int
+    widest: int
+    columns: int
+    experts: int = 1
+    active: int = 1
+
+    @property
+    def weights(self) -> int:
+        """All weights."""
+        return self.experts * self.rows * self.columns
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a model matters.
+
+    Attributes:
+        blocks: decoder blocks.
+        block_bytes: of the largest of them.
+        rest_bytes: of everything outside them.
+        groups: of the largest block, in the order in which they are solved.
+        hidden: width of the hidden states.
+        vocabulary: width of the logits.
+        itemsize: bytes of a weight, and of a number of a hidden state.
+        heads: of attention.
+        eager: whether attention holds the probabilities of all pairs of tokens.
+    """
+
+    blocks: int
+    block_bytes: int
+    rest_bytes: int
+    groups: tuple[Group, ...]
+    hidden: int
+    vocabulary: int
+    itemsize: int
+    heads: int
+    eager: bool
+
+
+@dataclass(frozen=True)
+class Job:
+    """How it shall be done.
+
+    Attributes:
+        tokens: of calibration text in this process.
+        window: tokens of one window.
+        batch: tokens that go through a block at once.
+        kind: of solver: rounding, rounding on searched grids, GPTQ, or GPTQ and descent.
+        match: whether the full-precision stream is carried along.
+        awq: whether channels are scaled.
+        lean: whether hidden states are kept in files.
+        scan: whether the whole model is run backwards first, to allocate an average of bits.
+        head: whether the output layer is quantized too.
+        tuning: steps of tuning all scales in the end.
+        ahead: whether the next block is read while one is worked on.
+        group: weights that share a scale; -1 = a row.
+    """
+
+    tokens: int
+    window: int
+    batch: int
+    kind: Kind
+    match: bool = False
+    awq: bool = False
+    lean: bool = False
+    scan: bool = False
+    head: bool = False
+    tuning: int = 0
+    ahead: bool = False
+    group: int = 128
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What is held at once at the fullest moment of a part of a run, in bytes by name.
+
+    Attributes:
+        name: of the part.
+        device: on the device that calibrates.
+        host: in memory of the CPU, whatever the device.
+        mapped: pages of files, which the system takes back when it needs room.
+    """
+
+    name: str
+    device: dict[str, int] = field(default_factory=dict)
+    host: dict[str, int] = field(default_factory=dict)
+    mapped: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def on_device(self) -> int:
+        return sum(self.device.values())
+
+    @property
+    def on_host(self) -> int:
+        return sum(self.host.values())
+
+    @property
+    def of_files(self) -> int:
+        return sum(self.mapped.values())
