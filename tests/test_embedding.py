@@ -354,8 +354,9 @@ def test_a_stopped_run_goes_on_with_the_same_embeddings_only(tmp_path, monkeypat
         patch.setattr(Streamed, "finish", stop)
         with pytest.raises(KeyboardInterrupt):
             api.quantize(source, tmp_path / "out", **OPTIONS)
+    other: dict[str, Any] = {**OPTIONS, "embeddings": None}
     with pytest.raises(OutputError, match="embeddings"):
-        api.quantize(source, tmp_path / "out", **OPTIONS | {"embeddings": None})
+        api.quantize(source, tmp_path / "out", **other)
     api.quantize(source, tmp_path / "out", **OPTIONS)
     api.quantize(source, tmp_path / "peace", **OPTIONS)
     assert_same_checkpoint(tmp_path / "out", tmp_path / "peace")
