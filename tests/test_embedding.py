@@ -173,7 +173,9 @@ def test_saved_and_loaded_logits_are_bit_identical(name, scheme, tmp_path):
 
     dense = AutoModelForCausalLM.from_pretrained(saved)
     name = next(n for n, m in dense.named_modules() if m is dense.get_input_embeddings())
-    dense.set_submodule(name, dense.get_submodule(name).dense())
+    table = dense.get_submodule(name)
+    assert isinstance(table, PackedEmbedding)
+    dense.set_submodule(name, table.dense())
     assert isinstance(dense.get_input_embeddings(), nn.Embedding)
     assert torch.equal(logits(dense), logits(model))
 
@@ -354,8 +356,9 @@ def test_a_stopped_run_goes_on_with_the_same_embeddings_only(tmp_path, monkeypat
         patch.setattr(Streamed, "finish", stop)
         with pytest.raises(KeyboardInterrupt):
             api.quantize(source, tmp_path / "out", **OPTIONS)
+    other: dict[str, Any] = {**OPTIONS, "embeddings": None}
     with pytest.raises(OutputError, match="embeddings"):
-        api.quantize(source, tmp_path / "out", **OPTIONS | {"embeddings": None})
+        api.quantize(source, tmp_path / "out", **other)
     api.quantize(source, tmp_path / "out", **OPTIONS)
     api.quantize(source, tmp_path / "peace", **OPTIONS)
     assert_same_checkpoint(tmp_path / "out", tmp_path / "peace")
