@@ -91,7 +91,8 @@ def _ranked(
     for i in range(0, len(scales), step):
         part = slice(i, i + step)
         errors[part] = _error(groups, scales[part], zeros[part], scheme, apply)
-    best = errors.argmin(0, keepdim=True) if count == 1 else errors.argsort(dim=0, stable=True)[:count]
+    several = count > 1
+    best = errors.argsort(dim=0, stable=True)[:count] if several else errors.argmin(0, keepdim=True)
     return scales.gather(0, best), zeros.gather(0, best), errors.gather(0, best)
 
 
