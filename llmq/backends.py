@@ -12,6 +12,7 @@ A backend may keep tensors of its own (a repacked weight) in `layer.prepared`: m
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -217,6 +218,7 @@ class Triton(Holder):
 
     name: str = "triton"
     min_capability: tuple[int, int] = (8, 0)
+    min_triton: tuple[int, int] = (3, 6)
     check: Callable[[torch.device, int, int, bool, torch.dtype], str | None] = selfcheck.failure
 
     def why_not(self, layer: Layer) -> str | None:
@@ -227,6 +229,10 @@ class Triton(Holder):
             return "the kernels are for NVIDIA GPUs, and this torch is built for AMD ones."
         if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed."
+        version = importlib.metadata.version("triton")
+        if tuple(int(part) for part in version.split(".")[:2]) < self.min_triton:
+            wanted = ".".join(map(str, self.min_triton))
+            return f"triton {version} is installed; the kernels need {wanted} or newer."
         found = torch.cuda.get_device_capability(device)
         if found < self.min_capability:
             return (

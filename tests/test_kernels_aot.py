@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.6")
 ROOT = Path(__file__).parents[1]
 REPORT = ROOT / "benchmarks/results/aot.json"
 

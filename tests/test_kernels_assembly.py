@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmq_kernels import bitfields, layout, reference
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.6")
 WORD = 0xFFFFFFFF
 DTYPES = (torch.bfloat16, torch.float16)
 

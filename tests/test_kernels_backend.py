@@ -73,9 +73,17 @@ def test_cpu_tensors_are_refused(layers: list[PackedLinear]) -> None:
 )
 def test_why_not_on_a_gpu(monkeypatch, capability, changes, expected) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    fine = dataclasses.replace(TRITON, check=lambda *format: None)
+    fine = dataclasses.replace(TRITON, check=lambda *format: None, min_triton=(3, 0))
     reason = fine.why_not(on_gpu(**changes))
     assert reason is None if expected is None else expected in reason
+
+
+def test_an_old_triton_is_refused(monkeypatch) -> None:
+    """torch 2.9 comes with triton 3.5."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    reason = dataclasses.replace(TRITON, min_triton=(99, 1)).why_not(on_gpu())
+    assert reason is not None
+    assert "need 99.1 or newer" in reason
 
 
 def test_kernels_that_fail_their_check_are_not_chosen(monkeypatch) -> None:
@@ -86,14 +94,14 @@ def test_kernels_that_fail_their_check_are_not_chosen(monkeypatch) -> None:
         asked.append(format)
         return "the kernels compute wrongly here (3 rows)."
 
-    broken = dataclasses.replace(TRITON, check=check)
+    broken = dataclasses.replace(TRITON, check=check, min_triton=(3, 0))
     among = (broken, CPU_INT4, TORCH)
     assert choose(on_gpu(), among=among) == TORCH
     assert why_plain(on_gpu(), among) == "the kernels compute wrongly here (3 rows)."
     with pytest.raises(BackendError, match="compute wrongly"):
         choose(on_gpu(), "triton", among)
     assert set(asked) == {(torch.device("cuda"), 4, 128, False, torch.bfloat16)}
-    fine = dataclasses.replace(TRITON, check=lambda *format: None)
+    fine = dataclasses.replace(TRITON, check=lambda *format: None, min_triton=(3, 0))
     assert choose(on_gpu(), among=(fine, CPU_INT4, TORCH)) == fine
 
 

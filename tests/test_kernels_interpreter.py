@@ -16,7 +16,7 @@ from pathlib import Path
 import kernels_cases
 import pytest
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.6")
 ROOT = Path(__file__).parents[1]
 
 

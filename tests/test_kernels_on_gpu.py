@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.6")
 SCRIPT = Path(__file__).parents[1] / "benchmarks/on_gpu.py"
 
 
