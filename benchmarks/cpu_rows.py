@@ -1,10 +1,11 @@
 """From how many rows on is the CPU's int4 kernel slower than dequantizing and a dense product?
 
-    python benchmarks/cpu_rows.py [--bits 4 --group-size 64 --threads 2]
+    python benchmarks/cpu_rows.py [--bits 4 8 --group-size 64 --threads 2]
 
 Both ways run in turns in one process, for every shape and number of rows; a row of the result
-holds the median of the seconds of each way and their ratio, `CpuInt4.max_rows` follows from it.
-The matrices of one shape rotate, so that weights come from memory as they do in a model.
+holds the median of the seconds of each way and their ratio. `CpuInt4.max_rows` and
+`max_rows_of_8_bits` follow from it. The matrices of one shape rotate, so that weights come from
+memory as they do in a model.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def layer(N: int, K: int, scheme: QuantScheme) -> PackedLinear:
 def compare(layers: list[PackedLinear], rows: int, repeats: int) -> dict[str, float]:
     """Median seconds of one product, either way."""
     x = torch.randn(rows, layers[0].in_features).bfloat16()
-    kernel = replace(CPU_INT4, max_rows=rows)
+    kernel = replace(CPU_INT4, max_rows=rows, max_rows_of_8_bits=rows)
     seconds: dict[str, list[float]] = {"kernel": [], "dense": []}
     for i in range(repeats + 1):
         one = layers[i % len(layers)]

@@ -147,9 +147,9 @@ class CpuInt4:
     """
 
     name: str = "cpu-int4"
-    # Above this many rows, dequantizing and multiplying densely seemed faster in rough timings on
-    # a loaded machine; no benchmark script has settled the break-even yet.
-    max_rows: int = 32
+    # With more rows, dequantizing and multiplying densely is as fast (benchmarks/cpu_rows.py).
+    max_rows: int = 64
+    max_rows_of_8_bits: int = 16
 
     def why_not(self, layer: Layer) -> str | None:
         N, K, scheme = layer.out_features, layer.in_features, layer.scheme
@@ -189,7 +189,8 @@ class CpuInt4:
 
     def matmul(self, x: Tensor, layer: Layer) -> Tensor:
         rows = x.flatten(0, -2)  # (M, K)
-        if x.dtype is not torch.bfloat16 or rows.shape[0] > self.max_rows:
+        most = self.max_rows_of_8_bits if layer.scheme.bits == 8 else self.max_rows
+        if x.dtype is not torch.bfloat16 or rows.shape[0] > most:
             return TORCH.matmul(x, layer)
         if layer.scheme.bits == 8:
             rows = torch.cat((rows, rows), dim=1)

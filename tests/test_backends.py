@@ -112,6 +112,10 @@ def test_other_dtypes_and_many_rows_take_the_dense_path():
         y = layer(x)
         assert y.dtype is x.dtype
         assert torch.equal(y, TORCH.matmul(x, layer))
+    eight = packed(QuantScheme(8, 64, True), 48, 256)
+    eight.prepare("cpu-int4")
+    x = inputs(CPU_INT4.max_rows_of_8_bits + 1, 256)
+    assert torch.equal(eight(x), TORCH.matmul(x, eight))
 
 
 @needs_kernel
