@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import zoo
 from compressed_tensors.compressors.naive_quantized.base import IntQuantizationCompressor
 from compressed_tensors.quantization import QuantizationScheme
@@ -34,7 +35,6 @@ from llmq.decode import cache_bytes, static_cache
 from llmq.errors import FormatError, OutputError, SchemeError
 from llmq.formats import bytewise, compressed_tensors
 from llmq.gguf_file import FILE, write_gguf
-from llmq.hf.quantizer import SUFFIXES_MATCH
 from llmq.ladder import QUALITIES
 from llmq.nn import PackedEmbedding
 from llmq.quantize import Recipe, quantize
@@ -48,6 +48,7 @@ from llmq.tuning import ScaleTuning
 
 SYMMETRIC = QuantScheme(4, 32, True)
 ASYMMETRIC = QuantScheme(4, -1, False)
+OLDER = tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 23)
 OPTIONS: dict[str, Any] = {
     "method": "rtn",
     "group_size": 32,
@@ -167,8 +168,8 @@ def test_saved_and_loaded_logits_are_bit_identical(name, scheme, tmp_path):
     assert key in tensors(source)
     assert config(saved).get("tie_word_embeddings") is not True
     loaded.save_pretrained(tmp_path / "b")
-    if name == "qwen3_moe" and SUFFIXES_MATCH:
-        return  # transformers 5.17 drops dimensions of size one when it takes a stack apart
+    if name == "qwen3_moe" and OLDER:
+        return  # until then transformers drops dimensions of size one when it takes a stack apart
     assert (saved / "model.safetensors").read_bytes() == (
         tmp_path / "b" / "model.safetensors"
     ).read_bytes()
