@@ -147,8 +147,9 @@ class CpuInt4:
     """
 
     name: str = "cpu-int4"
-    # With more rows, dequantizing and multiplying densely is as fast (benchmarks/cpu_rows.py).
-    max_rows: int = 64
+    # The kernel is faster up to about 64 rows, with 8 bits up to 16 (benchmarks/cpu_rows.py). From
+    # 33 rows on, prompts get the very numbers of a dense layer instead.
+    max_rows: int = 32
     max_rows_of_8_bits: int = 16
 
     def why_not(self, layer: Layer) -> str | None:

@@ -65,8 +65,9 @@ def test_the_grid_is_the_best_of_all_that_were_tried(seed, scheme):
 def test_what_the_pass_loses_is_the_error_of_the_layer(seed, scheme):
     G = scheme.group_size
     W, H = problem(seed, 5, G)
-    U = inverse_factor(H, 0.0, column_order(H.diagonal(), G, "none"))
-    q = GPTQ(damp=0.0, order="none", trials=4).solve(W, H, scheme)
+    U = inverse_factor(H, 0.01, column_order(H.diagonal(), G, "none"))
+    q = GPTQ(damp=0.01, order="none", trials=4).solve(W, H, scheme)
+    H = H + 0.01 * H.diagonal().mean() * torch.eye(G)
     columns, qmax = W.T.contiguous(), scheme.qmax
     lost = trials._errors(columns, U, q.scale.T.float(), q.zero.T.float(), qmax)[0]
     torch.testing.assert_close(lost.double(), loss(W, q, H), rtol=1e-3, atol=1e-5)
