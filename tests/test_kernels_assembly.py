@@ -51,7 +51,7 @@ def prmt(a: Tensor, b: Tensor, select: Tensor) -> Tensor:
 def run_ptx(text: str, inputs: dict[str, Tensor], outputs: int = 8) -> list[Tensor]:
     """Straight-line PTX on tensors of registers (int64): $0, $1, ... are its outputs."""
     registers = dict(inputs)
-    declared: dict[str, bool] = {}
+    declared: set[str] = set()
     like = next(iter(inputs.values()))
 
     def value(name: str) -> Tensor:
@@ -61,7 +61,7 @@ def run_ptx(text: str, inputs: dict[str, Tensor], outputs: int = 8) -> list[Tens
         name, _, rest = line.strip().rstrip(";").partition(" ")
         operands = [o.strip(" {}") for o in rest.split(",")]
         if name == ".reg":
-            declared = dict.fromkeys(o.removeprefix(".b32 ") for o in operands)
+            declared = {o.removeprefix(".b32 ") for o in operands}
             continue
         first, *others = operands
         assert first in declared or first.startswith("$"), line
