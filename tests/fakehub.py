@@ -37,6 +37,7 @@ class FakeHub:
         token: what must be sent to write.
         cut_after: LFS uploads that succeed before the connection is cut; None = never.
         uploads: SHA-256 of every LFS object that arrived, in order, repeats included.
+        lock: held while an upload is counted; requests are served in threads.
     """
 
     user: str = "me"
@@ -46,6 +47,7 @@ class FakeHub:
     lfs: dict[str, bytes] = field(default_factory=dict)
     uploads: list[str] = field(default_factory=list)
     url: str = ""
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def __enter__(self) -> FakeHub:
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -153,13 +155,16 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({"transfer": "basic", "objects": objects})
 
     def store(self, body: bytes, oid: str) -> None:
-        if self.hub.cut_after is not None and len(self.hub.uploads) >= self.hub.cut_after:
-            self._json({"error": "quota"}, 413)  # not retried by the client, unlike a lost line
-            return
         assert hashlib.sha256(body).hexdigest() == oid
-        self.hub.lfs[oid] = body
-        self.hub.uploads.append(oid)
-        self._json({})
+        with self.hub.lock:  # the client sends several at once: count one after the other
+            cut = self.hub.cut_after is not None and len(self.hub.uploads) >= self.hub.cut_after
+            if not cut:
+                self.hub.lfs[oid] = body
+                self.hub.uploads.append(oid)
+        if cut:
+            self._json({"error": "quota"}, 413)  # not retried by the client, unlike a lost line
+        else:
+            self._json({})
 
     def commit(self, body: bytes, name: str) -> None:
         if not (self._may_write(name) and (repo := self._repo(name))):
