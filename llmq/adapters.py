@@ -35,7 +35,20 @@ class RoutedLinear(nn.Module):
     def forward(self, rows: list[Tensor]) -> list[Tensor]:
         """rows[e] (t_e, K) -> (t_e, N) per expert."""
         biases = [None] * len(rows) if self.bias is None else self.bias
-        return [F.linear(x, W, b) for x, W, b in zip(rows, self.weight, biases, strict=True)]
+        return [
+            F.linear(_padded(x), W, b)[: len(x)]
+            for x, W, b in zip(rows, self.weight, biases, strict=True)
+        ]
+
+
+def _padded(rows: Tensor) -> Tensor:
+    """`rows` (t, K) and zeros below, so that t takes only four values between powers of two.
+
+    On CPUs oneDNN compiles a kernel for each number of rows that it meets and keeps up to 1024 of
+    them, more than half a megabyte each; every expert gets another number of tokens in every batch.
+    """
+    step = 1 << max(0, len(rows).bit_length() - 3)
+    return F.pad(rows, (0, 0, 0, -len(rows) % step))
 
 
 class UnstackedExperts(nn.Module):

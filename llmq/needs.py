@@ -24,7 +24,7 @@ def memory(shape: Shape, job: Job) -> list[Phase]:
     if job.scan:
         phases.append(_scanning(shape, job))
     phases += _on_blocks(shape, job)
-    phases.append(_ending(shape))
+    phases += _ending(shape, job)
     if job.head:
         phases.append(_solving_head(shape, job))
     if job.tuning:
@@ -94,7 +94,10 @@ def _solving(shape: Shape, job: Job, index: int) -> Iterator[Phase]:
         held = 2 * square  # H, and H with more on its diagonal
     else:
         held = g.experts * square
-    work = {"second moments": held, "solver": solver(g, job, shape.itemsize)}
+    tall = shape.itemsize * matrix
+    # Afterwards: a slice of values and errors in float32; or one matrix of codes becomes weights.
+    after = tall + matrix + max(24 * min(SLICE, matrix), _values(g, shape.itemsize))
+    work = {"second moments": held, "solver": max(solver(g, job, shape.itemsize), after)}
     yield Phase("solving", {**fixed, **work}, {}, source)
 
 
@@ -102,16 +105,14 @@ def solver(g: Group, job: Job, itemsize: int) -> int:
     """Bytes that a solver holds at its fullest moment, its weights included, H not."""
     square, matrix = 4 * g.columns**2, g.rows * g.columns
     tall = itemsize * matrix
-    # Afterwards: a slice of values and errors in float32; or one matrix of codes becomes weights.
-    after = tall + matrix + max(24 * min(SLICE, matrix), _values(g, itemsize))
     if job.kind in ("rtn", "grid"):
-        return max(after, tall + matrix + 24 * TRIALS)
+        return tall + matrix + 24 * TRIALS
     wide = g.rows * (g.columns if job.group == -1 else job.group)  # weights of one column of groups
     search = 4 * wide + 4 * 4 * max(TRIALS, wide)
     # Factor and its inverse in float64, then in float32; then that, columns and codes.
     pass_over = max(3 * square + tall, square + tall + 5 * matrix + max(search, 2 * matrix))
     if job.kind == "gptq":
-        return max(pass_over, after)
+        return pass_over
     descent = tall + matrix + 16 * matrix  # weights, codes, values and errors in float32
     errors = 2 * square + tall + 2 * matrix + 5 * 8 * min(SLICE, matrix)
     return max(pass_over, descent, errors)
@@ -123,14 +124,14 @@ def _values(g: Group, itemsize: int) -> int:
 
 
 def _smoothing(shape: Shape, job: Job) -> Iterator[Phase]:
-    """Pairs are proven on a copy in float64; then factors are tried on another one."""
+    """Pairs are proven on a copy in float32; then factors are tried on another one."""
     fixed = {**_carried(shape, job), **_block(shape, job)}
     source = {"source of the block": shape.block_bytes}
     largest = max(g.rows * g.columns for g in shape.groups)
     widest = max(g.widest * g.columns for g in shape.groups)
     exact = {
-        "exact copy": 8 * shape.block_bytes // shape.itemsize,
-        "matrices of a pair": 8 * (largest + 3 * widest),
+        "exact copy": 4 * shape.block_bytes // shape.itemsize,
+        "matrices of a pair": 4 * largest + 8 * widest,
     }
     yield Phase("proving pairs", {**fixed, **exact}, {}, source)
     trials = {
@@ -164,18 +165,30 @@ def _writing(shape: Shape, job: Job) -> Phase:
     return Phase("writing", device, host, {"source of the block": shape.block_bytes})
 
 
-def _ending(shape: Shape) -> Phase:
-    """The rest of the model is read, and three windows of logits are compared."""
-    tokens = JUDGED * shape.vocabulary
-    host = {"logits": 3 * shape.itemsize * tokens + 5 * 4 * tokens // 8, "pieces": 3 * CHUNK}
-    return Phase("ending", {}, host, {"embeddings and output layer": shape.rest_bytes})
+def _head_bytes(shape: Shape) -> int:
+    return shape.itemsize * shape.vocabulary * shape.hidden
+
+
+def _ending(shape: Shape, job: Job) -> Iterator[Phase]:
+    """Logits of three streams are compared, then the rest of the model is written."""
+    codes = shape.vocabulary * shape.hidden if job.embeddings else 0
+    logits = JUDGED * shape.vocabulary
+    host = {"logits": 3 * shape.itemsize * logits + 5 * 4 * logits // 8}
+    yield Phase("comparing logits", {}, host, {"output layer": _head_bytes(shape)})
+    host = {"pieces": 3 * CHUNK, "codes of the embeddings": codes}
+    yield Phase("ending", {}, host, {"embeddings and more": shape.rest_bytes})
 
 
 def _solving_head(shape: Shape, job: Job) -> Phase:
+    """It is solved where it is, packed, and packed again for this machine."""
     head = Group(shape.vocabulary, shape.vocabulary, shape.hidden)
-    square = 4 * shape.hidden**2
-    work = {"second moments": square, "solver": solver(head, job, shape.itemsize)}
-    rest = {"embeddings and output layer": shape.rest_bytes}
+    matrix = shape.vocabulary * shape.hidden
+    after = shape.itemsize * matrix + 2 * matrix + 24 * min(SLICE, matrix)
+    work = {
+        "second moments": 4 * shape.hidden**2,
+        "solver": max(solver(head, job, shape.itemsize), after),
+    }
+    rest = {"embeddings and more": max(0, shape.rest_bytes - _head_bytes(shape))}
     return Phase("output layer", {**_carried(shape, job), **work}, {}, rest)
 
 

@@ -73,6 +73,7 @@ def job(
         lean=lean,
         scan=scan,
         head=recipe.lm_head,
+        embeddings=recipe.embeddings is not None,
         tuning=recipe.scales.steps if recipe.scales else 0,
         ahead=device != "cpu",
         group=recipe.scheme.group_size,

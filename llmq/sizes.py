@@ -73,6 +73,7 @@ class Job:
         lean: whether hidden states are kept in files.
         scan: whether the whole model is run backwards first, to allocate an average of bits.
         head: whether the output layer is quantized too.
+        embeddings: whether the input embeddings are.
         tuning: steps of tuning all scales in the end.
         ahead: whether the next block is read while one is worked on.
         group: weights that share a scale; -1 = a row.
@@ -87,6 +88,7 @@ class Job:
     lean: bool = False
     scan: bool = False
     head: bool = False
+    embeddings: bool = False
     tuning: int = 0
     ahead: bool = False
     group: int = 128
