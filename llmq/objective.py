@@ -34,6 +34,7 @@ from llmq.solvers.gptq import alive
 
 SHARES = (0.0, 0.25, 0.5, 0.75)  # all of it was worse than 3/4 where both were tried
 HELD_OUT = 6  # every sixth batch only judges
+MOST = 20.0  # times the mean |x|^2 of a batch is as much as a token can count
 DAMP = 0.01  # of the mean of H's diagonal
 
 
@@ -63,7 +64,12 @@ class Problem:
 
 
 class Drift:
-    """Sums over tokens: of x~ x~^T, of (x - x~) x~^T and, at a sum, of (h - h~) x~^T."""
+    """Sums over tokens: of x~ x~^T, of (x - x~) x~^T and, at a sum, of (h - h~) x~^T.
+
+    A token whose |x~|^2 is more than `MOST` times that of its batch's mean has the weight at which
+    it is so much. Trained models park huge activations on a few tokens, often the first (Sun et al.
+    2024, arXiv 2402.17762): their errors say little about the model's, and would rule the sums.
+    """
 
     def __init__(self, K: int, device: torch.device | str = "cpu"):
         self.inputs = SecondMoment(K, device)
@@ -73,11 +79,12 @@ class Drift:
     @torch.no_grad()
     def add(self, x: Tensor, full_x: Tensor, missing: Tensor | None = None) -> None:
         """Take in quantized and full inputs (..., K) and h - h~ (..., N), if there is one."""
-        self.inputs.add(x)
-        rows = x.flatten(0, -2).float()
-        self.D.addmm_((full_x.flatten(0, -2).float() - rows).T, rows)
+        roots = _roots(x.flatten(0, -2))
+        rows = x.flatten(0, -2) * roots
+        self.inputs.add(rows)
+        self.D.addmm_((full_x.flatten(0, -2) * roots).sub_(rows).T, rows)
         if missing is not None:
-            missing = missing.flatten(0, -2).float()
+            missing = missing.flatten(0, -2) * roots
             if self.R is None:
                 self.R = rows.new_zeros(missing.shape[1], rows.shape[1])
             self.R.addmm_(missing.T, rows)
@@ -110,6 +117,13 @@ class Drift:
     def _factor(self) -> Tensor:
         H = self.inputs.mean()
         return cholesky(alive(H), damping(self.inputs.count, len(H)))
+
+
+def _roots(rows: Tensor) -> Tensor:
+    """Square roots of the weights of tokens (T, K), float32 (T, 1)."""
+    square = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float32).square()
+    most = (MOST * square.mean()).clamp(min=torch.finfo(square.dtype).tiny)
+    return (most / square.maximum(most)).sqrt()
 
 
 @dataclass(frozen=True)

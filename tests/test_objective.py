@@ -13,7 +13,7 @@ from llmq import demo
 from llmq.adapters import as_linears
 from llmq.blocks import decoder_blocks, linears, record_calls, run_block
 from llmq.errors import NonFiniteError
-from llmq.objective import Drift, Matching, damping
+from llmq.objective import MOST, Drift, Matching, damping
 from llmq.quantize import Recipe, quantize
 from llmq.residual import enters_a_sum, reads_and_sums
 from llmq.solvers.descent import Polished
@@ -44,6 +44,29 @@ def matching(data: Streams, split: int) -> Matching:
     fit = drift_of(data, 0, split)
     judge = drift_of(data, split, len(data[0]))
     return Matching.of(fit, judge)
+
+
+def test_no_token_counts_more_than_twenty_times_the_mean():
+    x, full_x, h, full_h = streams(3, 400, 8, 3, 1.0)
+    for data in (x, full_x):
+        data[7] *= 1000
+    found = drift_of((x, full_x, h, full_h), 0, 400)
+    X, missing = x.double(), (full_h - h).double()
+    size = X.square().sum(1)
+    weight = (MOST * size.mean() / size).clamp(max=1)
+    assert weight[7] < 0.1
+    assert (weight == 1).sum() == 399
+    weighted = X * weight[:, None]
+    for got, wanted in (
+        (found.inputs.mean() * 400, X.T @ weighted),
+        (found.D, (full_x.double() - X).T @ weighted),
+        (found.R, missing.T @ weighted),
+    ):
+        assert got is not None
+        assert (got - wanted).norm() < 1e-5 * wanted.norm()
+    silent = Drift(8)
+    silent.add(torch.zeros(4, 8), torch.zeros(4, 8))
+    assert silent.finite()
 
 
 def test_the_full_target_is_least_squares_on_the_tokens():
