@@ -216,6 +216,8 @@ def test_push_and_load_by_name_give_identical_logits(sharded, server, tmp_path) 
         "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_ETAG_TIMEOUT": "900",  # 10 seconds else, which a busy machine may need
+        "HF_HUB_DOWNLOAD_TIMEOUT": "900",
     }
     arguments = [tmp_path / "ids", tmp_path / "logits", server.token]
     done = subprocess.run(
