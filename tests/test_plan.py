@@ -227,7 +227,7 @@ def test_quantize_says_beforehand_what_it_will_take(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kinds = machine.speeds("cpu", torch.float32)
-    monkeypatch.setattr(machine, "speeds", lambda *_: dict.fromkeys(kinds, 1e-9))
+    monkeypatch.setattr(machine, "speeds", lambda *_: dict.fromkeys(kinds, 1e-12))
     source, lines = save_tiny("llama", tmp_path / "model"), []
     api.quantize(source, tmp_path / "out", method="rtn", group_size=64, tell=lines.append)
     [line] = lines
