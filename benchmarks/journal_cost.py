@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, MutableSequence, Sequence
+from collections.abc import Iterator, MutableSequence, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,7 @@ from llmq.outlook import batch_windows
 from llmq.output import writing
 from llmq.quantize import quantize
 from llmq.report import layer_entry
-from llmq.scheme import QuantizedWeight, QuantScheme
-from llmq.store import LayerReport
+from llmq.scheme import QuantScheme
 from llmq.stream import Streamed
 
 MOST = 0.02
@@ -80,13 +79,7 @@ class Forgetful(Streamed):
         self._opened = time.perf_counter()
         return self._read(index)
 
-    def close(
-        self,
-        index: int,
-        block: nn.Module,
-        solved: Mapping[str, Sequence[QuantizedWeight]],
-        reports: Sequence[LayerReport],
-    ) -> None:
+    def close(self, index: int, block: nn.Module, solved: Any, reports: Any) -> None:
         for report in reports:
             check_layer(report)
         assert self._gate

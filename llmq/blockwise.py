@@ -20,14 +20,8 @@ from torch import Tensor, nn
 
 from llmq import ranks
 from llmq.adapters import as_linears, run_copy, shared_copy
-from llmq.blocks import (
-    Call,
-    forget_outputs,
-    keep_outputs,
-    linears,
-    run_block,
-    shared_input_groups,
-)
+from llmq.blocks import forget_outputs, keep_outputs, linears, run_block, shared_input_groups
+from llmq.calls import Call
 from llmq.division import Piece, Solved, divide, exchange, joined
 from llmq.errors import IntegrityError, NonFiniteError
 from llmq.moments import quadratic

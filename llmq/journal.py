@@ -152,6 +152,11 @@ class Workplace:
             return 1
         return len(found.blocks) if found else 0
 
+    def delivered(self) -> bool:
+        """Whether nothing is left here but what a run did not tidy up after its last step."""
+        found = self._read()
+        return found is None or (found.complete and not self.result.is_dir())
+
     def _read(self) -> Journal | None:
         path = self.folder / _JOURNAL
         if not path.is_file():
@@ -219,9 +224,8 @@ def workplace(out: str | os.PathLike[str], fresh: bool = False) -> Iterator[Work
         if not _locked(lock, work.folder / _LOCK):
             raise OutputError(f"{out}: another process is writing it. Wait for its end.")
         if full:
-            found = None if fresh else work.started() and work._read()
-            if found and found.complete and not work.result.is_dir():
-                shutil.rmtree(work.folder)  # that run was stopped after its last step
+            if not fresh and work.delivered():
+                shutil.rmtree(work.folder)
             raise _occupied(out)
         if fresh:
             for path in work.folder.iterdir():

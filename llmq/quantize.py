@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from llmq.adapters import run_dtype
-from llmq.blocks import Call, decoder_blocks, head_inputs, record_calls
+from llmq.blocks import decoder_blocks, head_inputs, record_calls
 from llmq.blockwise import PROBE, BlockJob, Solution, relative_error
+from llmq.calls import Call
 from llmq.errors import NonFiniteError
 from llmq.moments import second_moments
 from llmq.nn import PackedEmbedding, PackedLinear

@@ -63,7 +63,15 @@ def own_gpu(gpus: int) -> int:
 
 
 def _stopped(*_: object) -> NoReturn:
+    _ending()
     raise ProcessError(_ENDED)
+
+
+def _ending() -> None:
+    """From here on torchrun's signal says nothing new: a second error would hide the first."""
+    main = threading.current_thread() is threading.main_thread()
+    if main and signal.getsignal(signal.SIGTERM) is _stopped:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def count() -> int:
@@ -146,4 +154,5 @@ def _others_alive() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # what gloo and NCCL raise if another process has died
+        _ending()
         raise ProcessError(_ENDED) from error

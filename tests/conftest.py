@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import random
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+# Before anything reads them: colours and widths of help, and a proxy in front of the fake Hub.
+os.environ.update(GITHUB_ACTIONS="", FORCE_COLOR="", PY_COLORS="", TTY_COMPATIBLE="")
+os.environ.update(NO_PROXY="127.0.0.1,localhost", no_proxy="127.0.0.1,localhost")
+
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -18,6 +28,18 @@ torch.set_num_threads(1)
 
 QUICK = ["--samples", "4", "--seq-len", "64", "--group-size", "64"]
 SEED = 1234  # not that of the models in zoo.py, whose weights a test would draw again
+
+
+def pytest_configure() -> None:
+    """The same examples every time, however slow or busy the machine is.
+
+    `--hypothesis-profile default` draws new ones.
+    """
+    slow = [hypothesis.HealthCheck.too_slow]
+    hypothesis.settings.register_profile(
+        "repeatable", derandomize=True, database=None, deadline=None, suppress_health_check=slow
+    )
+    hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -37,6 +59,19 @@ def seed() -> None:
     random.seed(SEED)
     np.random.seed(SEED)
     torch.manual_seed(SEED)
+
+
+@contextmanager
+def short_files(most: int) -> Iterator[None]:
+    """No file of this process can grow beyond `most` bytes, as on a full disk or with a quota."""
+    limits, bytecode = resource.getrlimit(resource.RLIMIT_FSIZE), sys.dont_write_bytecode
+    sys.dont_write_bytecode = True  # else imports may leave half a file for the next process
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        sys.dont_write_bytecode = bytecode
 
 
 @pytest.fixture(scope="session")
@@ -67,8 +102,9 @@ def packed_llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedMo
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]):
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     """Run the command in this process: (status, stdout, stderr)."""
+    monkeypatch.setenv("COLUMNS", "80")  # not those of the terminal
     verbosity = logging.get_verbosity()
 
     def run(*arguments: object) -> tuple[int, str, str]:

@@ -19,8 +19,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llmq import api
 
+torch.set_num_threads(1)
 EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmq import ranks
-from llmq.blocks import Call
 from llmq.blockwise import BlockJob
+from llmq.calls import Call
 from llmq.recipe import Recipe
 from llmq.retry import Effort, Retries
 from llmq.scheme import QuantizedWeight, QuantScheme

@@ -23,6 +23,8 @@ from llmq.ladder import METHODS
 from llmq.needs import memory
 from llmq.verify import CHECKSUMS
 
+LONG = 100  # seconds, for what another thread does at once on any machine
+
 
 class Reader:
     """Tells what it read, when, in which thread; some blocks fail."""
@@ -44,11 +46,12 @@ class Reader:
 
     def alive(self, most: int) -> bool:
         """Whether no more blocks than that are in memory, as soon as the thread rests."""
-        for _ in range(100):
-            if sum(block() is not None for block in self.blocks) <= most:
-                return True
-            time.sleep(0.05)
-        return False
+        end = time.monotonic() + LONG
+        while sum(block() is not None for block in self.blocks) > most:
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.01)
+        return True
 
 
 def threads() -> list[str]:
@@ -61,7 +64,7 @@ def test_the_next_block_is_there_before_it_is_asked_for() -> None:
         for index in range(4):
             block = read(index)
             if index < 3:
-                assert reader.was_read[index + 1].wait(10)  # nobody has asked for it
+                assert reader.was_read[index + 1].wait(LONG)  # nobody has asked for it
             assert reader.alive(2)
             del block
     assert [index for index, _ in reader.seen] == [0, 1, 2, 3]
@@ -78,7 +81,7 @@ def test_blocks_out_of_their_order() -> None:
         for index in order:
             block = ahead.block(index)
             assert reader.was_read[index].is_set()
-            assert reader.was_read[index + 1].wait(10)
+            assert reader.was_read[index + 1].wait(LONG)
             del block
             assert reader.alive(1)
         ahead.close()
@@ -101,19 +104,21 @@ def test_what_fails_in_the_thread_is_raised_in_the_flow() -> None:
 
 
 def test_an_interrupted_run_waits_for_the_thread() -> None:
-    reader, release = Reader(), threading.Event()
+    reader, begun, release = Reader(), threading.Event(), threading.Event()
 
     def slow(index: int) -> nn.Module:
         if index == 1:
-            release.wait(10)
+            begun.set()
+            assert release.wait(LONG)
         return reader(index)
 
     def run() -> None:
         with read_ahead(slow, 5, "meta") as read:
             read(0)
+            assert begun.wait(LONG)
+            threading.Timer(0.2, release.set).start()
             raise KeyboardInterrupt
 
-    threading.Timer(0.2, release.set).start()
     with pytest.raises(KeyboardInterrupt):
         run()
     assert not threads()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import QUICK
+from conftest import QUICK, short_files
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, T5Config
 from zoo import save_tiny, tiny_tokenizer
@@ -127,12 +126,8 @@ def test_an_output_folder_that_is_not_empty(refused, model, text, tmp_path) -> N
 
 def test_a_disk_that_is_full(refused, model, text) -> None:
     """The operating system refuses to let a file grow, as a full disk or a quota does."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    try:
+    with short_files(20_000):
         line = refused(model, "--calibration", text)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "cannot be written" in line
 
 

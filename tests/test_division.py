@@ -60,7 +60,7 @@ def launch(processes: int, folder: Path) -> list[dict[str, Any]]:
     command += ["--nproc-per-node", str(processes), str(HERE / "sharing.py"), str(folder)]
     path = f"{HERE.parent}{os.pathsep}{HERE.parent / 'kernels'}"
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, env=environment, check=True, timeout=500)
+    subprocess.run(command, env=environment, check=True, timeout=1500)
     return [torch.load(folder / f"{i}.pt", weights_only=False) for i in range(processes)]
 
 

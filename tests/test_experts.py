@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from llmq.nn import (
 from llmq.scheme import QuantScheme
 
 MOE = ("mixtral", "qwen3_moe", "gpt_oss")
+SCHEMES = (QuantScheme(4, 32, False), QuantScheme(3, 64, True))
 
 
 def experts_of(name):
@@ -50,32 +52,33 @@ def routing(experts):
     return torch.randn(11, H), chosen, weights
 
 
-@pytest.mark.parametrize("scheme", [QuantScheme(4, 32, False), QuantScheme(3, 64, True)], ids=str)
-@pytest.mark.parametrize("name", MOE)
-def test_packed_experts_equal_the_stock_module(name, scheme):
+@pytest.fixture(params=itertools.product(MOE, SCHEMES), ids=lambda of: f"{of[0]}-{of[1]}")
+def case(request):
+    """Packed, dequantized, and what either is called with."""
+    name, scheme = request.param
     experts = experts_of(name)
-    packed, dense = quantize_experts(experts, scheme)
-    x, chosen, weights = routing(experts)
-    got, truth = packed(x, chosen, weights), dense(x, chosen, weights)
+    return *quantize_experts(experts, scheme), routing(experts)
+
+
+def test_packed_experts_equal_the_stock_module(case):
+    packed, dense, inputs = case
+    got, truth = packed(*inputs), dense(*inputs)
     assert torch.allclose(got, truth, rtol=1e-5, atol=1e-5 * truth.abs().max().item())
     packed.prepare()
-    assert torch.equal(packed(x, chosen, weights), got)
-    assert torch.equal(copy.deepcopy(packed)(x, chosen, weights), got)
+    assert torch.equal(packed(*inputs), got)
+    assert torch.equal(copy.deepcopy(packed)(*inputs), got)
     assert not any(p.requires_grad for p in packed.parameters())
 
 
-@pytest.mark.parametrize("scheme", [QuantScheme(4, 32, False), QuantScheme(3, 64, True)], ids=str)
-@pytest.mark.parametrize("name", MOE)
-def test_experts_multiplied_together_equal_experts_one_by_one(name, scheme):
+def test_experts_multiplied_together_equal_experts_one_by_one(case):
     """The path of the Triton kernels, whose operators compute their reference on a CPU."""
-    experts = experts_of(name)
-    packed, _ = quantize_experts(experts, scheme)
-    x, chosen, weights = routing(experts)
+    packed, _, (x, chosen, weights) = case
     one_by_one = packed(x, chosen, weights)
     packed.stack_experts([packed.expert(e) for e in range(packed.num_experts)])
     together = packed(x, chosen, weights)
     assert (together - one_by_one).norm() <= 1e-6 * one_by_one.norm()
     assert packed(x[:0], chosen[:0], weights[:0]).shape == (0, x.shape[1])
+    torch.compiler.reset()  # what other cases have compiled counts towards a limit
     compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")  # nothing waits for rows
     assert torch.equal(compiled(x, chosen, weights), together)
     packed.to(torch.float32)  # chooses again: no GPU here

@@ -199,6 +199,7 @@ def test_push_and_load_by_name_give_identical_logits(sharded, server, tmp_path) 
     push(sharded, server)
     code = (
         "import sys, torch, llmq\n"
+        "torch.set_num_threads(1)\n"
         "ids = torch.load(sys.argv[1])\n"
         "model = llmq.load('me/tiny')\n"
         "with torch.no_grad(): first = model(ids).logits\n"
@@ -208,17 +209,20 @@ def test_push_and_load_by_name_give_identical_logits(sharded, server, tmp_path) 
     )
     ids = tiny_ids()
     torch.save(ids, tmp_path / "ids")
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     settings = {
         "HF_ENDPOINT": server.url,
         "HF_HOME": str(tmp_path / "home"),
         "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_ETAG_TIMEOUT": "900",  # 10 seconds else, which a busy machine may need
+        "HF_HUB_DOWNLOAD_TIMEOUT": "900",
     }
     arguments = [tmp_path / "ids", tmp_path / "logits", server.token]
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
-        env={**os.environ, **settings},
+        env={**inherited, **settings},
         capture_output=True,
         text=True,
         check=False,

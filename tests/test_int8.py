@@ -21,6 +21,7 @@ STOCK = """
 import sys, torch, zoo
 from transformers import AutoModelForCausalLM, logging
 logging.set_verbosity_error()
+torch.set_num_threads(1)
 for folder in sys.argv[1:]:
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():

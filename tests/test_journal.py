@@ -19,6 +19,7 @@ from llmq.errors import OutputError
 from llmq.hf.streaming import StoredModel
 from llmq.journal import Workplace, workplace
 from llmq.quantize import quantize as flow
+from llmq.verify import check
 
 HERE = Path(__file__).parent
 TEXT = [tiny_text(300)]
@@ -212,6 +213,17 @@ def test_a_second_process_is_refused(model, stopped):
     assert Workplace(stopped).started() == 1
     api.quantize(model, stopped, calibration=TEXT, **OPTIONS)
     assert (stopped / "model.safetensors").is_file()
+
+
+def test_a_run_that_was_stopped_while_it_tidied_up_leaves_nothing(model, tmp_path):
+    out, hidden = tmp_path / "out", tmp_path / ".out.partial"
+    api.quantize(model, out, calibration=TEXT, **OPTIONS)
+    hidden.mkdir()
+    (hidden / "part-00000.safetensors").touch()  # its journal was removed before
+    with pytest.raises(OutputError, match="not empty"):
+        api.quantize(model, out, calibration=TEXT, **OPTIONS)
+    assert not hidden.exists()
+    check(out)
 
 
 def test_other_folders_do_not_share_a_workplace(tmp_path):

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks/on_gpu.py"
 def test_dry_run_checks_and_measures(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--dry-run", "--out", str(out)],
+        [sys.executable, str(SCRIPT), "--dry-run", "--minutes", "600", "--out", str(out)],
         capture_output=True,
         text=True,
         check=False,
@@ -68,15 +69,29 @@ out.write_text(json.dumps(found))
 print("a reason", file=sys.stderr, flush=True)
 if kind == "crash":
     os.abort()
-time.sleep(60 if kind == "hang" else 0)
+if kind == "hang":
+    out.with_name("hangs").touch()
+    time.sleep(10_000)
 """
 
 
-def test_a_section_costs_only_its_own_rows(tmp_path: Path, on_gpu) -> None:
+def test_a_section_costs_only_its_own_rows(tmp_path: Path, on_gpu, monkeypatch) -> None:
+    hangs = tmp_path / "hangs"
+
+    class Process(subprocess.Popen):
+        """Its time begins when it hangs; what does not hang ends, however slow the machine is."""
+
+        def wait(self, timeout: float | None = None) -> int:
+            while not hangs.exists() and self.poll() is None:
+                time.sleep(0.01)
+            hangs.unlink(missing_ok=True)
+            return super().wait(timeout)
+
     def command(name: str, seconds: float, out: Path, share: str) -> list[str]:
         return [sys.executable, "-c", SECTION, str(out), name, share]
 
-    report = on_gpu.Report(tmp_path / "gpu.json", 60, {"gpu": "none"})
+    monkeypatch.setattr(on_gpu.subprocess, "Popen", Process)
+    report = on_gpu.Report(tmp_path / "gpu.json", 10_000, {"gpu": "none"})
     report.add("check", of="before", ok=True)
     for name, processes in (("crash", 1), ("hang", 1), ("fine", 1), ("wrong", 3), ("crash", 2)):
         section = on_gpu.Section(lambda *_: None, 1, processes)
@@ -123,7 +138,8 @@ def test_a_row_that_fails_is_a_row(tmp_path: Path, on_gpu, monkeypatch) -> None:
     monkeypatch.setattr(gpu_times, "ours", broken)
     monkeypatch.setattr(gpu_checks, "_experts", broken)
     monkeypatch.setattr("llmq_kernels.launch.dequantize", lambda *_: None)
-    report = on_gpu.Report(tmp_path / "gpu.json", 60, {})
+    monkeypatch.setattr(gpu_times, "SLOW", 10_000)
+    report = on_gpu.Report(tmp_path / "gpu.json", 10_000, {})
     device, gpu = torch.device("cpu"), plan.Gpu("none", (9, 0), 4)
     gpu_checks.checks(report, device, gpu, gpu_checks.all_formats(True), [(64, 128)], (1,))
     gpu_checks.operator_checks(report, device)

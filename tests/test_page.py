@@ -83,7 +83,7 @@ def mixture(tmp_path_factory, text) -> Path:
 
 def test_every_run_leaves_a_page_with_every_plot(mixture: Path) -> None:
     report = json.loads((mixture / "quantization_report.json").read_text())
-    page = (mixture / "quantization_report.html").read_text()
+    page = (mixture / "quantization_report.html").read_text(encoding="utf-8")
     assert page == report_page(report)
     parsed = check(page)
     titles = {attributes["aria-label"] for tag, attributes in parsed.tags if tag == "svg"}
@@ -191,7 +191,7 @@ def test_compare_puts_checkpoints_on_one_page(run, twins, tmp_path) -> None:
     assert [entry["name"] for entry in found["checkpoints"]] == ["a", "b"]
     entry = found["checkpoints"][0]
     assert entry["bytes"] == sum(layer.bytes for layer in inspect_checkpoint(twins[0]))
-    page = out.read_text()
+    page = out.read_text(encoding="utf-8")
     words = " ".join(check(page).words)
     assert found["protocol"] in words
     assert plus_minus(entry["kl"], entry["kl_stderr"]) in words
@@ -215,7 +215,7 @@ def test_what_cannot_be_compared(twins, tmp_path, model) -> None:
 @pytest.mark.parametrize("width", [360, 1280])
 def test_a_browser_draws_the_page_without_sideways_scrolling(mixture, tmp_path, width) -> None:
     """Chromium lays the page out and says how wide it became; nothing reaches the network."""
-    page = (mixture / "quantization_report.html").read_text()
+    page = (mixture / "quantization_report.html").read_text(encoding="utf-8")
     probe = (
         "<script>addEventListener('load',()=>document.title=["
         "document.documentElement.scrollWidth-document.documentElement.clientWidth,"
@@ -223,10 +223,10 @@ def test_a_browser_draws_the_page_without_sideways_scrolling(mixture, tmp_path, 
         ".join(' '))</script></body>"
     )
     inner = tmp_path / "page.html"
-    inner.write_text(page.replace("</body>", probe))
+    inner.write_text(page.replace("</body>", probe), encoding="utf-8")
     frame = (  # headless windows have a least width; a frame has none
-        f'<iframe id="f" src="page.html" style="width:{width}px;height:900px;border:0"></iframe>'
-        "<script>f.onload=()=>setTimeout(()=>document.title=f.contentDocument.title,200)</script>"
+        f'<iframe src="page.html" style="width:{width}px;height:900px;border:0"'
+        ' onload="document.title=contentDocument.title"></iframe>'
     )
     (tmp_path / "frame.html").write_text(frame)
     assert BROWSER is not None
@@ -236,6 +236,7 @@ def test_a_browser_draws_the_page_without_sideways_scrolling(mixture, tmp_path, 
             "--headless",
             "--no-sandbox",
             "--disable-gpu",
+            "--disable-dev-shm-usage",  # it is small in containers
             "--allow-file-access-from-files",
             f"--user-data-dir={tmp_path / 'profile'}",
             "--virtual-time-budget=3000",
@@ -244,7 +245,7 @@ def test_a_browser_draws_the_page_without_sideways_scrolling(mixture, tmp_path, 
         ],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=900,
         check=True,
     )
     assert "<title>0 true</title>" in done.stdout

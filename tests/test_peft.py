@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_backends import needs_kernel
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 from zoo import save_tiny, tiny_ids, tiny_model
@@ -51,7 +52,7 @@ def lora(**options: Any) -> peft.LoraConfig:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("backend", ["torch", "cpu-int4"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cpu-int4", marks=needs_kernel)])
 @pytest.mark.parametrize("rows", [1, 3, 50])
 def test_gradients_equal_those_of_the_dense_layer(bits, backend, rows) -> None:
     generator = torch.Generator().manual_seed(bits)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,12 +14,14 @@ import torch
 from zoo import save_tiny, tiny_text
 
 from llmq import api, ranks
+from llmq.errors import ProcessError
 from llmq.journal import Workplace
 from llmq.moments import second_moments
 from llmq.report import REPORT_FILE
 from llmq.verify import CHECKSUMS, check
 
 HERE = Path(__file__).parent
+AT_ONCE = 900  # seconds on any machine; gloo waits for half an hour if nobody tells it
 LAUNCH = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run"]
 
 
@@ -35,7 +37,7 @@ def quantize(
         [*command, "quantize", source, out, "--calibration", text, *common, *options],
         cwd=HERE.parent,
         check=not dies,
-        timeout=300,
+        timeout=AT_ONCE,
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE.parent / 'kernels'}"},
@@ -107,12 +109,12 @@ import os, signal, sys, time
 from llmq import ranks
 from llmq.errors import ProcessError
 ranks.join("cpu")
-assert ranks.everyones(1) == [1, 1]
-if ranks.number() == 1:
-    os.kill(os.getpid(), signal.SIGKILL)
 try:
+    assert ranks.everyones(1) == [1, 1]
+    if ranks.number() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
     ranks.everyones(2)
-    time.sleep(60)
+    time.sleep(2 * 1800)
 except ProcessError as error:
     print(error, flush=True)
     sys.exit(1)
@@ -129,11 +131,26 @@ def test_the_death_of_one_process_is_told_by_the_others(tmp_path):
         env=os.environ | {"PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=AT_ONCE,
     )
     assert done.returncode != 0
     assert "Another process of this run has ended. Its own message says why" in done.stdout
     assert "SIGKILL" in done.stderr  # torchrun says which
+
+
+def test_the_signal_that_torchrun_sends_then_hides_nothing():
+    before = signal.signal(signal.SIGTERM, ranks._stopped)
+    try:
+        with pytest.raises(ProcessError, match="Another process") as told, ranks._others_alive():
+            raise RuntimeError("Connection closed by peer")
+        signal.raise_signal(signal.SIGTERM)
+        assert isinstance(told.value.__cause__, RuntimeError)
+        signal.signal(signal.SIGTERM, ranks._stopped)
+        with pytest.raises(ProcessError, match="Another process"):
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.slow
@@ -145,10 +162,8 @@ def test_a_run_goes_on_after_one_of_its_processes_died(processes, dying, tmp_pat
     # It dies in its second block. Each block makes 12 files, and 3 of the gate in process 0, which
     # makes 3 more before the first.
     steps = 12 + 5 if dying else 18 + 5
-    started = time.monotonic()
     done = quantize(processes, source, tmp_path / "out", dies=(dying, steps))
     assert done.returncode != 0
-    assert time.monotonic() - started < 60
     assert not (tmp_path / "out").exists()
     assert Workplace(tmp_path / "out").started() == 1
     assert f"local_rank: {dying}" in done.stderr

@@ -110,7 +110,7 @@ def modules() -> list[tuple[str, Path]]:
 
 def imported(path: Path) -> set[str]:
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -166,7 +166,7 @@ def test_public_names_stay_what_they_are():
 
 def test_no_bare_excepts_and_no_environment():
     for _, path in modules():
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ExceptHandler):
                 assert node.type is not None, path
                 assert getattr(node.type, "id", "") not in ("Exception", "BaseException"), path

@@ -6,7 +6,6 @@ Whatever happens, no folder appears that looks finished.
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import short_files
 from safetensors.torch import load_file, save_file
 from zoo import save_tiny, tiny_text
 
@@ -257,12 +257,8 @@ def test_dead_experts_are_solved_with_what_the_others_saw(tmp_path):
 
 def test_a_full_disk(model, caught, tmp_path):
     """The operating system refuses to let a file grow, as a full disk or a quota does."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    try:
+    with short_files(20_000):
         caught(model, OutputError, "cannot be written: File too large")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
