@@ -4,14 +4,16 @@
 
 Models are quantized (GPTQ, groups of 32), converted to what each engine reads, and continued
 greedily by it in a process of its own, in a virtual environment that is made on first use (or
-taken from --python NAME=PATH). Then llmq reads the engine's tokens and says how likely it finds
-them and whether it would have chosen them. Rows go to benchmarks/results/engines.json; those of
+taken from --python NAME=PATH). Then llmq, in float32, reads the engine's tokens and says how likely it finds
+them and whether it would have chosen them. The same is asked of llmq itself in bf16: what that
+dtype alone changes, without any other engine. Rows go to benchmarks/results/engines.json; those of
 engines that are not named stay. `engine_table.py` makes the README's table of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import subprocess
 import sys
@@ -24,6 +26,7 @@ from typing import Any
 import torch
 from engine_models import WIDE, Variants, sources
 from engine_table import RESULTS
+from engines.jobs import greedy
 from environment import environment
 
 from llmq.source import open_tokenizer
@@ -59,6 +62,7 @@ PROMPTS = (
     "One day, a dog named",
     "Tom was sad because",
 )
+OWN = ("greedy_tokens_equal", "others_behind_at_most", "mean_abs_logprob_difference")
 LIMIT = 300  # seconds for all models of one layout
 COUNT = 24  # tokens added to each prompt
 
@@ -129,9 +133,13 @@ def rows_of(name: str, layout: str, chosen: list[str], variants: Variants, pytho
         row = {"engine": name, "layout": layout, "model": model}
         if "error" in answer:
             yield row | answer
-        else:
-            found = compare(variants.reference(model, layout), job["prompts"], answer["answers"])
-            yield row | {"version": answer["version"]} | found
+            continue
+        reference = variants.reference(model, layout)
+        found = compare(reference, job["prompts"], answer["answers"])
+        narrow = copy.deepcopy(reference).to(torch.bfloat16)
+        own = compare(reference, job["prompts"], [greedy(narrow, p, COUNT) for p in job["prompts"]])
+        found["llmq_in_bf16"] = {key: own[key] for key in OWN}
+        yield row | {"version": answer["version"]} | found
 
 
 def main() -> None:
