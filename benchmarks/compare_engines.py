@@ -1,6 +1,7 @@
 """Other engines against llmq on the same quantized models: greedy tokens and log-probabilities.
 
     python benchmarks/compare_engines.py --venvs engines/ [--engines vLLM ...] [--models NAME=DIR]
+        [--llamas NAME=DIR]: the same, and its weights in the other architectures
 
 Models are quantized (GPTQ, groups of 32), converted to what each engine reads, and continued
 greedily by it in a process of its own, in a virtual environment that is made on first use (or
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine_models import WIDE, Variants, sources
+from engine_models import WIDE, Variants, hosted, sources
 from engine_table import RESULTS
 from engines.jobs import greedy
 from environment import environment
@@ -150,6 +151,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder in which models are kept for later runs")
     parser.add_argument("--only", nargs="+", help="only these models")
     parser.add_argument("--models", nargs="*", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--llamas", nargs="*", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--python", nargs="*", default=[], metavar="ENGINE=PATH")
     arguments = parser.parse_args()
     pythons = dict(entry.split("=", 1) for entry in arguments.python)
@@ -157,6 +159,8 @@ def main() -> None:
         work = (arguments.work or Path(temporary)).resolve()
         models = sources(work / "sources")
         models |= {n: Path(p) for n, p in (entry.split("=", 1) for entry in arguments.models)}
+        for name, path in (entry.split("=", 1) for entry in arguments.llamas):
+            models |= hosted(name, Path(path), work / "sources")
         variants = Variants(models, work)
         for name in arguments.engines:
             python = pythons.get(name) or python_of(name, arguments.venvs)

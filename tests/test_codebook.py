@@ -19,6 +19,7 @@ from llmq.formats import codebook, compressed_tensors
 from llmq.formats.layouts import layout_of
 from llmq.lookup import CodebookLinear
 from llmq.nn import prepare
+from llmq.page import stored_bits
 from llmq.quantize import quantize
 from llmq.recipe import Recipe
 from llmq.solvers.books import Codebook, k_means
@@ -252,6 +253,9 @@ def test_the_command_line_and_everything_after_it(model, text, run, tmp_path):
     weights = sum(int(t.prod()) for key, t in tensors.items() if key.endswith("_shape"))
     assert report["bits_per_weight"] == pytest.approx(8 * packed / weights)
     assert (report["codebook"], report["outliers"]) == ("learned", 0.005)
+    layers = json.loads((out / "quantization_report.json").read_text())["layers"]
+    said = sum(stored_bits(x) * x["shape"][0] * x["shape"][1] for x in layers) / weights
+    assert said == pytest.approx(report["bits_per_weight"], abs=0.02)  # weight_shape is beside it
     assert run("verify", out)[0] == 0
     status, said, _ = run("inspect", out)
     assert status == 0
