@@ -69,7 +69,8 @@ def _metadata(
         known |= {"base_model": base, "base_model_relation": "quantized"}
     if results:
         known |= {"eval_results": results, "model_name": repo.rpartition("/")[2]}
-    tags = ["llmq", "compressed-tensors", report["method"], f"{report['bits']}-bit"]
+    stored = "codebook" if report.get("codebook") else "compressed-tensors"
+    tags = ["llmq", stored, report["method"], f"{report['bits']}-bit"]
     return ModelCardData(
         library_name="transformers", pipeline_tag="text-generation", tags=tags, **known
     )

@@ -197,6 +197,18 @@ def test_read_names_the_tensor_that_is_wrong(change, message):
 
 
 @pytest.mark.parametrize(
+    "change",
+    [{"book": "nf5"}, {"outliers": "many"}, {"outliers": 1.0}, {"num_bits": 8}, {"type": "int"}],
+    ids=str,
+)
+def test_configs_that_make_no_sense(change):
+    config = compressed_tensors.config({SCHEMES[0]: ["Linear"]}, [])
+    config["config_groups"]["group_0"]["weights"] |= change
+    with pytest.raises(FormatError, match=r"config_groups\.group_0"):
+        layout_of(config)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"book": "nf3"}, "use one of nf4, learned"),
@@ -266,6 +278,8 @@ def test_the_command_line_and_everything_after_it(model, text, run, tmp_path):
     assert not (tmp_path / "gptq").exists()
     card = run("push", out, "me/model", "--dry-run")[1]
     assert "vllm serve" not in card
+    assert "compressed-tensors" not in card
+    assert "a learned table of 3 bits per row, groups of 64, 0.50% of the weights beside it" in card
     llmq.load(out, dtype="bfloat16")(input_ids=torch.arange(8).view(1, 8))
 
 
