@@ -1,17 +1,20 @@
 """Other engines against llmq on the same quantized models: greedy tokens and log-probabilities.
 
     python benchmarks/compare_engines.py --venvs engines/ [--engines vLLM ...] [--models NAME=DIR]
+        [--llamas NAME=DIR]: the same, and its weights in the other architectures
 
 Models are quantized (GPTQ, groups of 32), converted to what each engine reads, and continued
 greedily by it in a process of its own, in a virtual environment that is made on first use (or
-taken from --python NAME=PATH). Then llmq reads the engine's tokens and says how likely it finds
-them and whether it would have chosen them. Rows go to benchmarks/results/engines.json; those of
+taken from --python NAME=PATH). Then llmq, in float32, reads the engine's tokens and says how likely
+it finds them and whether it would have chosen them. The same is asked of llmq itself in bf16: what
+that dtype alone changes. Rows go to benchmarks/results/engines.json; those of
 engines that are not named stay. `engine_table.py` makes the README's table of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import subprocess
 import sys
@@ -22,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine_models import WIDE, Variants, sources
+from engine_models import WIDE, Variants, hosted, sources
 from engine_table import RESULTS
+from engines.jobs import greedy
 from environment import environment
 
 from llmq.source import open_tokenizer
@@ -59,6 +63,7 @@ PROMPTS = (
     "One day, a dog named",
     "Tom was sad because",
 )
+OWN = ("greedy_tokens_equal", "others_behind_at_most", "mean_abs_logprob_difference")
 LIMIT = 300  # seconds for all models of one layout
 COUNT = 24  # tokens added to each prompt
 
@@ -129,9 +134,13 @@ def rows_of(name: str, layout: str, chosen: list[str], variants: Variants, pytho
         row = {"engine": name, "layout": layout, "model": model}
         if "error" in answer:
             yield row | answer
-        else:
-            found = compare(variants.reference(model, layout), job["prompts"], answer["answers"])
-            yield row | {"version": answer["version"]} | found
+            continue
+        reference = variants.reference(model, layout)
+        found = compare(reference, job["prompts"], answer["answers"])
+        narrow = copy.deepcopy(reference).to(torch.bfloat16)
+        own = compare(reference, job["prompts"], [greedy(narrow, p, COUNT) for p in job["prompts"]])
+        found["llmq_in_bf16"] = {key: own[key] for key in OWN}
+        yield row | {"version": answer["version"]} | found
 
 
 def main() -> None:
@@ -142,6 +151,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder in which models are kept for later runs")
     parser.add_argument("--only", nargs="+", help="only these models")
     parser.add_argument("--models", nargs="*", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--llamas", nargs="*", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--python", nargs="*", default=[], metavar="ENGINE=PATH")
     arguments = parser.parse_args()
     pythons = dict(entry.split("=", 1) for entry in arguments.python)
@@ -149,6 +159,8 @@ def main() -> None:
         work = (arguments.work or Path(temporary)).resolve()
         models = sources(work / "sources")
         models |= {n: Path(p) for n, p in (entry.split("=", 1) for entry in arguments.models)}
+        for name, path in (entry.split("=", 1) for entry in arguments.llamas):
+            models |= hosted(name, Path(path), work / "sources")
         variants = Variants(models, work)
         for name in arguments.engines:
             python = pythons.get(name) or python_of(name, arguments.venvs)

@@ -51,7 +51,9 @@ YARN = {
 }
 
 
-def save(config: PreTrainedConfig, weights: dict[str, torch.Tensor], folder: Path) -> Path:
+def save(
+    config: PreTrainedConfig, weights: dict[str, torch.Tensor], folder: Path, tokenizer: Path
+) -> Path:
     """A model with these weights, in bf16; what they lack is random, the same in every run."""
     if folder.exists():
         return folder
@@ -62,31 +64,54 @@ def save(config: PreTrainedConfig, weights: dict[str, torch.Tensor], folder: Pat
             noise = torch.randn(parameter.shape) * 0.1 + ("norm" in name)
             parameter.copy_(weights.get(name, noise))
     model.save_pretrained(folder)
-    open_tokenizer(str(demo.model_path())).save_pretrained(folder)
+    open_tokenizer(str(tokenizer)).save_pretrained(folder)
     return folder
 
 
-def sources(folder: Path) -> dict[str, Path]:
-    """Name -> folder of the models that are always there."""
-    trained = AutoModelForCausalLM.from_pretrained(demo.model_path(), dtype=torch.bfloat16)
-    weights = {name: value.detach() for name, value in trained.named_parameters()}
+def trained(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The weights of a Llama, and those of its sizes that other architectures have too."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     keep = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
             "num_attention_heads", "num_key_value_heads", "max_position_embeddings",
             "rms_norm_eps", "tie_word_embeddings", "bos_token_id", "eos_token_id",
             "pad_token_id")  # fmt: skip
-    sizes = {key: getattr(trained.config, key) for key in keep}
-    wide = sizes | {key: 2 * sizes[key] for key in keep[1:3]}
-    wide |= {key: 2 * sizes[key] for key in ("num_attention_heads", "num_key_value_heads")}
-    stretched = LlamaConfig(**sizes, rope_parameters=LLAMA3)
-    yarn = Qwen2Config(**sizes, rope_parameters=YARN)
+    weights = {name: value.detach() for name, value in model.named_parameters()}
+    return weights, {key: getattr(model.config, key) for key in keep}
+
+
+def hosted(name: str, llama: Path, folder: Path) -> dict[str, Path]:
+    """A trained Llama in bf16, and its weights in other architectures as for the demo model."""
+    weights, sizes = trained(llama)
+
+    def other(config: PreTrainedConfig) -> Path:
+        return save(config, weights, folder / f"{name}-{config.model_type}", llama)
+
     return {
-        "llama": demo.model_path(),
-        "mistral": save(MistralConfig(**sizes, sliding_window=None), weights, folder / "mistral"),
-        "qwen2": save(Qwen2Config(**sizes), weights, folder / "qwen2"),
-        "qwen3": save(Qwen3Config(**sizes), weights, folder / "qwen3"),
-        "llama-3.1": save(stretched, weights, folder / "llama-3.1"),
-        "qwen2, YaRN": save(yarn, weights, folder / "qwen2-yarn"),
-        WIDE: save(LlamaConfig(**wide), doubled(weights), folder / WIDE),
+        name: other(LlamaConfig(**sizes)),
+        f"{name} as mistral": other(MistralConfig(**sizes, sliding_window=None)),
+        f"{name} as qwen2": other(Qwen2Config(**sizes)),
+        f"{name} as qwen3": other(Qwen3Config(**sizes)),
+    }
+
+
+def sources(folder: Path) -> dict[str, Path]:
+    """Name -> folder of the models that are always there."""
+    demo_model = demo.model_path()
+    weights, sizes = trained(demo_model)
+    wide = sizes | {key: 2 * sizes[key] for key in ("hidden_size", "intermediate_size")}
+    wide |= {key: 2 * sizes[key] for key in ("num_attention_heads", "num_key_value_heads")}
+
+    def made(config: PreTrainedConfig, name: str) -> Path:
+        return save(config, weights, folder / name, demo_model)
+
+    return {
+        "llama": demo_model,
+        "mistral": made(MistralConfig(**sizes, sliding_window=None), "mistral"),
+        "qwen2": made(Qwen2Config(**sizes), "qwen2"),
+        "qwen3": made(Qwen3Config(**sizes), "qwen3"),
+        "llama-3.1": made(LlamaConfig(**sizes, rope_parameters=LLAMA3), "llama-3.1"),
+        "qwen2, YaRN": made(Qwen2Config(**sizes, rope_parameters=YARN), "qwen2-yarn"),
+        WIDE: save(LlamaConfig(**wide), doubled(weights), folder / WIDE, demo_model),
     }
 
 

@@ -22,16 +22,21 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         groups.setdefault((row["engine"], row["layout"]), []).append(row)
     lines = [
-        "| engine | layout | models | greedy tokens equal | mean difference of log-probability |",
-        "|---|---|---|---|---|",
+        "| engine | layout | models | greedy tokens equal | mean difference of log-probability "
+        "| llmq in bf16 |",
+        "|---|---|---|---|---|---|",
     ]
     for (engine, layout), found in groups.items():
         ran = [row for row in found if "error" not in row]
         models = "; ".join(row["model"] for row in ran)
         if refused := [row["model"] for row in found if "error" in row]:
             models += f"{'; ' if models else ''}not: {'; '.join(refused)}"
-        equal, difference = "-", "-"
+        equal, difference, narrow = "-", "-", "-"
         if ran:
+            own = [row["llmq_in_bf16"] for row in ran if "llmq_in_bf16" in row]
+            if len(own) == len(ran):
+                kept = sum(row["greedy_tokens_equal"] for row in own)
+                narrow = f"{kept}, {max(row['mean_abs_logprob_difference'] for row in own):.3f}"
             same, tokens = (sum(r[key] for r in ran) for key in ("greedy_tokens_equal", "tokens"))
             equal = f"{same} of {tokens}"
             if all("others_behind_at_most" in row for row in ran) and same < tokens:
@@ -39,7 +44,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             worst = max(row["mean_abs_logprob_difference"] for row in ran)
             difference = f"{worst:.1e}" if worst < 1e-3 else f"{worst:.3f}"
         version = next((row["version"] for row in ran), engine)
-        lines.append(f"| {version} | {layout} | {models} | {equal} | {difference} |")
+        lines.append(f"| {version} | {layout} | {models} | {equal} | {difference} | {narrow} |")
     return "\n".join(lines)
 
 

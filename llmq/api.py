@@ -17,12 +17,13 @@ from typing import Any
 from torch import nn
 
 from llmq import hf, plan as planning, ranks
+from llmq.codebook import number_format
 from llmq.errors import SchemeError
 from llmq.hf.saving import original_folder
 from llmq.hf.streaming import StoredModel
 from llmq.inputs import SEQ_LEN, read_calibration, window_length, windows_for
 from llmq.journal import Workplace, workplace
-from llmq.ladder import chosen
+from llmq.ladder import chosen, in_scheme
 from llmq.mixing import allocated, average_for_size, is_mixed, parse_size, scan, uniform_width
 from llmq.origin import command, origin, public_name
 from llmq.outlook import job
@@ -60,6 +61,8 @@ def quantize(
     seq_len: int | None = None,
     lm_head: bool = False,
     embeddings: int | None = None,
+    codebook: str | None = None,
+    outliers: float = 0.0,
     skip: Sequence[str] = (),
     device: str = "auto",
     seed: int = 0,
@@ -90,6 +93,9 @@ def quantize(
             own.
         embeddings: 8 = round the input embeddings to nearest, one byte per weight; None = they
             stay as they are. Engines other than transformers do not read them.
+        codebook: "nf4" or "learned" (a table per row) instead of integers, see `llmq.codebook`;
+            only llmq loads the result.
+        outliers: with a code book: share of every row's weights that is kept beside it.
         skip: patterns of linears to leave in full precision: a module name or the end of one,
             with shell wildcards ("down_proj", "model.layers.0.*").
         device: where blocks are calibrated and solved; "auto" = the GPU if there is one.
@@ -114,9 +120,12 @@ def quantize(
         raise SchemeError(f"activations={activations!r}: use memory or disk.")
     method, recipe = chosen(method, quality)
     mixed = mixed or target_size is not None
-    scheme = QuantScheme(uniform_width(bits, mixed), group_size, symmetric)
+    if codebook and is_mixed(bits, mixed):
+        raise SchemeError("Code books have one width for all layers: give whole bits.")
+    width = uniform_width(bits, mixed)
+    scheme = number_format(width, group_size, symmetric, codebook, outliers)
     recipe = dataclasses.replace(
-        recipe, scheme=scheme, skip=tuple(skip), lm_head=lm_head, embeddings=embeddings
+        in_scheme(recipe, scheme), skip=tuple(skip), lm_head=lm_head, embeddings=embeddings
     )
     where = pick_device(device)
     ranks.join(where)
@@ -157,6 +166,8 @@ def quantize(
             "symmetric": symmetric,
             "lm_head": lm_head,
             "embeddings": embeddings,
+            "codebook": codebook,
+            "outliers": outliers,
             "skip": list(skip),
             "calibration": text.told,
             "seconds": time.perf_counter() - start,

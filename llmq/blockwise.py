@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -254,9 +255,8 @@ def _matrix(block: nn.Module, name: str, expert: int) -> Tensor:
 
 
 def _split(q: QuantizedWeight, like: list[Tensor]) -> list[QuantizedWeight]:
-    sizes = [len(W) for W in like]
-    parts = zip(q.codes.split(sizes), q.scale.split(sizes), q.zero.split(sizes), strict=True)
-    return [QuantizedWeight(q.scheme, *(t.contiguous() for t in part)) for part in parts]
+    ends = list(accumulate(len(W) for W in like))
+    return [q.rows(slice(end - len(W), end)) for end, W in zip(ends, like, strict=True)]
 
 
 def _named(report: LayerReport, prefix: str) -> LayerReport:

@@ -69,7 +69,8 @@ def _metadata(
         known |= {"base_model": base, "base_model_relation": "quantized"}
     if results:
         known |= {"eval_results": results, "model_name": repo.rpartition("/")[2]}
-    tags = ["llmq", "compressed-tensors", report["method"], f"{report['bits']}-bit"]
+    stored = "codebook" if report.get("codebook") else "compressed-tensors"
+    tags = ["llmq", stored, report["method"], f"{report['bits']}-bit"]
     return ModelCardData(
         library_name="transformers", pipeline_tag="text-generation", tags=tags, **known
     )
@@ -115,6 +116,10 @@ def _format(report: Mapping[str, Any]) -> str:
     bits = " and ".join(map(str, widths)) if len(widths) > 1 else str(report["bits"])
     group = report["group_size"]
     groups = "one group per row" if group == -1 else f"groups of {group}"
+    if book := report.get("codebook"):
+        kind = "NF4" if book == "nf4" else f"a learned table of {bits} bits per row"
+        share = report["outliers"]
+        return f"{kind}, {groups}" + (f", {share:.2%} of the weights beside it" if share else "")
     return f"{bits} bits in {groups}, {'symmetric' if report['symmetric'] else 'with zero points'}"
 
 
@@ -183,10 +188,14 @@ def _worst(layers: Sequence[Mapping[str, Any]]) -> str:
 
 def _loading(repo: str, report: Mapping[str, Any]) -> str:
     symmetric = bool(report["symmetric"])
+    more = "`quantization_report.json` has every number of the run."
     packed = (
         "```python\nimport llmq\n\n"
         f'model = llmq.load("{repo}", dtype="bfloat16")  # weights stay packed\n```'
     )
+    if report.get("codebook"):
+        why = "Only llmq reads its code books: transformers alone, vLLM and llama.cpp do not."
+        return "\n\n".join([packed, why, more])
     stock = (
         "Without llmq, with the package `compressed-tensors`:\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM\n\n"
@@ -201,7 +210,6 @@ def _loading(repo: str, report: Mapping[str, Any]) -> str:
     )
     if report.get("embeddings"):
         served = "vLLM does not read quantized embeddings in the layout that transformers reads."
-    more = "`quantization_report.json` has every number of the run."
     return "\n\n".join([packed, stock, served, _llama_cpp(repo, report), more])
 
 

@@ -96,6 +96,13 @@ def quantize(
         int | None,
         typer.Option(metavar="BITS", help="8: round the input embeddings too; not for vLLM."),
     ] = None,
+    codebook: Annotated[
+        str | None,
+        typer.Option(metavar="BOOK", help="nf4 or learned, instead of integers; only for llmq."),
+    ] = None,
+    outliers: Annotated[
+        float, typer.Option(help="With a code book: share of weights kept beside it, as 0.005.")
+    ] = 0.0,
     skip: Skip = None,
     device: Device = "auto",
     seed: Seed = 0,
@@ -142,6 +149,8 @@ def quantize(
         seq_len=seq_len,
         lm_head=lm_head,
         embeddings=embeddings,
+        codebook=codebook,
+        outliers=outliers,
         skip=skip or (),
         device=device,
         seed=seed,

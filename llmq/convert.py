@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from llmq import shards
+from llmq.codebook import CodebookScheme
 from llmq.errors import FormatError, SchemeError, SourceError
 from llmq.formats import awq, columns, compressed_tensors, gptq
 from llmq.formats.layouts import Layout, TensorFiles, layout_of, resolved
@@ -91,7 +92,7 @@ def open_checkpoint(src: str | os.PathLike[str]) -> Opened:
     Raises:
         SourceError: there is none, or it is not quantized.
         FormatError: it is damaged, or in a layout that llmq does not read.
-        SchemeError: it stacks experts in one tensor.
+        SchemeError: it stacks experts in one tensor, or its weights are in code books.
     """
     folder = original_folder(os.fspath(src))
     try:
@@ -107,6 +108,11 @@ def open_checkpoint(src: str | os.PathLike[str]) -> Opened:
     if stacked := [key for key in tensors if key.endswith("_proj_packed")]:
         raise SchemeError(
             f"{stacked[0]}: experts are stacked in one tensor, which only compressed-tensors holds."
+        )
+    if books := [name for name, scheme in schemes.items() if isinstance(scheme, CodebookScheme)]:
+        raise SchemeError(
+            f"{books[0]}: in a code book, which no other layout holds. Quantize the original again "
+            "without --codebook."
         )
     if not schemes:
         raise FormatError(f"{src}: config.json says quantized, but no packed module is there.")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from llmq.codebook import CodebookScheme
 from llmq.gguf_metadata import ARCHITECTURES
 from llmq.nn import STACKS
 from llmq.recipe import Recipe
@@ -33,6 +34,11 @@ def engines(
 ) -> list[Engine]:
     """Who loads the result. FORMATS are compressed-tensors `pack-quantized` in every case."""
     schemes = {s for name in shapes if (s := recipe.scheme_for(name))}
+    if any(isinstance(scheme, CodebookScheme) for scheme in schemes):
+        others = ("stock transformers", "vLLM", "SGLang", "llama.cpp")
+        why = "it has no place for these code books: leave --codebook away"
+        own = Engine("llmq (transformers with llmq)", True, "looked up, then multiplied densely")
+        return [own, *(Engine(name, False, why) for name in others)]
     symmetric = all(s.symmetric for s in schemes)
     widths = sorted({s.bits for s in schemes})
     common = all(bits in (4, 8) for bits in widths)

@@ -15,6 +15,7 @@ from torch import Tensor
 import llmq
 from llmq import demo, ranks, shards
 from llmq.calibrate import adds_bos, check_variety, token_windows
+from llmq.codebook import CodebookScheme
 from llmq.errors import CalibrationError, SchemeError
 from llmq.gate import TOKENS
 from llmq.hf.streaming import StoredModel
@@ -134,6 +135,8 @@ def share(windows: Tensor, recipe: Recipe) -> Tensor:
         SchemeError: the recipe needs all of them in one process.
     """
     processes = ranks.count()
+    if processes > 1 and isinstance(recipe.scheme, CodebookScheme):
+        raise SchemeError("Code books are made in one process: use one, or integers.")
     if processes > 1 and recipe.awq:
         raise SchemeError("AWQ looks at all hidden states: use one process, or another method.")
     if processes > 1 and (recipe.scales or recipe.block):

@@ -16,9 +16,14 @@ backward passes of the whole packed model over 2048 tokens each, which take a by
 
 from __future__ import annotations
 
+import dataclasses
+
+from llmq.codebook import CodebookScheme
 from llmq.errors import SchemeError
 from llmq.recipe import Recipe
+from llmq.scheme import QuantScheme
 from llmq.solvers.awq import AWQ
+from llmq.solvers.books import Codebook
 from llmq.solvers.descent import Polished
 from llmq.solvers.gptq import GPTQ
 from llmq.solvers.rtn import RTN
@@ -52,3 +57,20 @@ def chosen(method: str | None, quality: str | None) -> tuple[str, Recipe]:
         raise SchemeError(f"quality={quality!r}: use one of {', '.join(QUALITIES)}.")
     name = method or quality or DEFAULT
     return name, (METHODS | QUALITIES)[name]
+
+
+def in_scheme(recipe: Recipe, scheme: QuantScheme) -> Recipe:
+    """`recipe` for another number format; for a code book with the solver that makes one.
+
+    Raises:
+        SchemeError: a recipe that knows integers only.
+    """
+    if isinstance(scheme, CodebookScheme):
+        if recipe.awq or recipe.scales:
+            raise SchemeError(
+                "Code books are made by --quality fast or balanced and --method rtn or gptq: the "
+                "others scale or tune integers."
+            )
+        rounded = isinstance(recipe.solver, RTN)
+        recipe = dataclasses.replace(recipe, solver=Codebook(feedback=not rounded))
+    return dataclasses.replace(recipe, scheme=scheme)

@@ -1,6 +1,7 @@
 """Modules that keep their weights packed.
 
     PackedLinear    in place of nn.Linear (or transformers' Conv1D)
+    CodebookLinear  the same, for weights that are entries of a table
     PackedExperts   in place of a module that stacks its experts in 3-D parameters
     PackedEmbedding in place of nn.Embedding: rows are looked up, nothing is multiplied
 
@@ -15,9 +16,11 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from llmq import backends
+from llmq.codebook import CodebookScheme, CodebookWeight
 from llmq.embedding import PackedEmbedding
 from llmq.experts import (
     STACKS,
@@ -28,16 +31,21 @@ from llmq.experts import (
     without_parameters,
 )
 from llmq.linear import HELD, PackedLinear
+from llmq.lookup import CodebookLinear
+from llmq.scheme import QuantizedWeight, QuantScheme
 
 __all__ = [
     "HELD",
     "STACKS",
+    "CodebookLinear",
     "PackedEmbedding",
     "PackedExperts",
     "PackedLinear",
     "expert_bias",
     "expert_weight",
     "is_stacked_experts",
+    "linear_from",
+    "linear_like",
     "packed_modules",
     "prepare",
     "without_parameters",
@@ -46,10 +54,29 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
-def packed_modules(model: nn.Module) -> Iterator[tuple[str, PackedLinear | PackedExperts]]:
+Packed = PackedLinear | PackedExperts | CodebookLinear
+
+
+def linear_from(q: QuantizedWeight, bias: Tensor | None = None) -> PackedLinear | CodebookLinear:
+    """The layer that holds a solver's result; `bias` (N,) is kept in its own dtype."""
+    if isinstance(q, CodebookWeight):
+        return CodebookLinear.from_quantized(q, bias)
+    return PackedLinear.from_quantized(q, bias)
+
+
+def linear_like(
+    scheme: QuantScheme, K: int, N: int, bias: bool, dtype: torch.dtype, ordered: bool = False
+) -> PackedLinear | CodebookLinear:
+    """A layer (N, K) on meta for a loader to fill; see `PackedLinear` for the arguments."""
+    if isinstance(scheme, CodebookScheme):
+        return CodebookLinear(scheme, K, N, bias, dtype, "meta")
+    return PackedLinear(scheme, K, N, bias, dtype, "meta", ordered)
+
+
+def packed_modules(model: nn.Module) -> Iterator[tuple[str, Packed]]:
     """Every packed module of `model` that multiplies, with its name."""
     for name, module in model.named_modules():
-        if isinstance(module, PackedLinear | PackedExperts):
+        if isinstance(module, Packed):
             yield name, module
 
 
@@ -64,6 +91,10 @@ def prepare(model: nn.Module, backend: str | None = None) -> nn.Module:
     slow: Counter[str] = Counter()
     for _, module in packed_modules(model):
         module.prepare(backend)
+        if isinstance(module, CodebookLinear):
+            if backend is None:
+                slow["code books have no kernel"] += 1
+            continue
         layer = module if isinstance(module, PackedLinear) else module.expert(0)[0]
         if backend is None and backends.choose(layer) == backends.TORCH:
             slow[backends.why_plain(layer)] += 1

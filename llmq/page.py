@@ -168,9 +168,16 @@ def _worst(layers: Sequence[Mapping[str, Any]]) -> str:
 
 
 def stored_bits(layer: Mapping[str, Any]) -> float:
-    """Bits per weight of one layer's entry: code, and 16-bit scale and zero point per group."""
-    group = layer["group_size"] if layer["group_size"] > 0 else layer["shape"][1]
-    return layer["bits"] + (16 + (0 if layer["symmetric"] else layer["bits"])) / group
+    """Bits per weight of one layer's entry: code, and 16-bit scale and zero point per group.
+
+    Of a code book its table too, and its outliers with their columns.
+    """
+    K = layer["shape"][1]
+    group = layer["group_size"] if layer["group_size"] > 0 else K
+    table = 16 * 2 ** layer["bits"] if layer.get("book") == "learned" else 0
+    beside = table + 48 * math.ceil(layer.get("outliers", 0) * K)
+    zero = 0 if layer["symmetric"] else layer["bits"]
+    return layer["bits"] + (16 + zero) / group + beside / K
 
 
 def _sizes(layers: Sequence[Mapping[str, Any]]) -> str:
@@ -202,9 +209,8 @@ def _formats(layers: Sequence[Mapping[str, Any]]) -> str:
         if "bits" in layer:
             group = "row" if layer["group_size"] == -1 else str(layer["group_size"])
             zero = "no" if layer["symmetric"] else "yes"
-            found.setdefault((kind_of(layer["name"]), str(layer["bits"]), group, zero), []).append(
-                layer
-            )
+            bits = str(layer["bits"]) + (f" ({layer['book']})" if "book" in layer else "")
+            found.setdefault((kind_of(layer["name"]), bits, group, zero), []).append(layer)
     rows = [
         (
             kind,

@@ -178,5 +178,8 @@ def packed_linears(model: nn.Module) -> dict[str, PackedLinear]:
         if isinstance(module, PackedLinear) and module is not head
     }
     if not found:
-        raise SchemeError("The model has no packed linear: load a checkpoint that llmq quantized.")
+        raise SchemeError(
+            "The model has no packed linear: load a checkpoint that llmq quantized (to integers: "
+            "code books take no adapter)."
+        )
     return found

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from llmq import machine
@@ -283,7 +284,7 @@ def _packed_bytes(
 ) -> tuple[int, int]:
     """Of all files, and of what is packed in them; `model` is packed."""
     pack_outline(model, schemes)
-    modules = [module for _, module in packed_modules(model)]
+    modules: list[nn.Module] = [module for _, module in packed_modules(model)]
     modules += [module for module in model.modules() if isinstance(module, PackedEmbedding)]
     packed = sum(p.nbytes for m in modules for key, p in m.named_parameters() if "bias" not in key)
     return stored_bytes(model, known), packed

@@ -27,7 +27,7 @@ from llmq.blockwise import PROBE, BlockJob, Solution, relative_error
 from llmq.calls import Call
 from llmq.errors import NonFiniteError
 from llmq.moments import second_moments
-from llmq.nn import PackedEmbedding, PackedLinear
+from llmq.nn import PackedEmbedding, linear_from
 from llmq.recipe import (
     Recipe,
     check_experts,
@@ -136,9 +136,7 @@ def _quantize_head(
     start = time.perf_counter()
     q = recipe.solver.solve(W.to(H.device), H, scheme)
     seconds = time.perf_counter() - start
-    packed = PackedLinear.from_quantized(q, getattr(model.get_submodule(name), "bias", None)).to(
-        W.device
-    )
+    packed = linear_from(q, getattr(model.get_submodule(name), "bias", None)).to(W.device)
     packed.prepare()
     model.set_output_embeddings(packed)  # type: ignore[operator]
     error = relative_error(W.to(H.device), q, H)

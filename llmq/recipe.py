@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from torch import nn
 
 from llmq.adapters import as_linears, shared_copy
 from llmq.blocks import decoder_blocks, linears
+from llmq.codebook import CodebookScheme
 from llmq.errors import SchemeError
 from llmq.nn import STACKS, is_stacked_experts
 from llmq.scheme import QuantScheme, check_groups
@@ -100,11 +101,16 @@ def check_experts(model: nn.Module, recipe: Recipe) -> None:
     """Refuse to quantize one of an expert module's two stacks: they are packed together.
 
     Raises:
-        SchemeError: names the module.
+        SchemeError: names the module; or it shall be in a code book, which holds no stacks.
     """
     for name, module in model.named_modules():
         if is_stacked_experts(module):
             schemes = [recipe.scheme_for(f"{name}.{stack}") for stack in STACKS]
+            if any(isinstance(scheme, CodebookScheme) for scheme in schemes):
+                raise SchemeError(
+                    f"{name}: code books do not hold stacked experts. Leave --codebook away, or "
+                    f"skip them (--skip '{name.split('.')[-1]}.*')."
+                )
             if any(schemes) and not all(schemes):
                 raise SchemeError(
                     f"{name}: only one of {' and '.join(STACKS)} is skipped, but stacked experts "
@@ -130,7 +136,7 @@ def embedding_scheme(model: nn.Module, recipe: Recipe) -> dict[str, QuantScheme]
             f"{name} is also the output layer, which cannot use a packed table. Quantize the "
             "output layer too (--lm-head), which gives it weights of its own."
         )
-    scheme = replace(recipe.scheme, bits=8)
+    scheme = QuantScheme(8, recipe.scheme.group_size, recipe.scheme.symmetric)
     check_groups({name: table.embedding_dim}, lambda _: scheme)
     return {name: scheme}
 

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from llmq.nn import PackedExperts, PackedLinear
+from llmq.nn import Packed, PackedExperts, linear_from
 from llmq.scheme import QuantizedWeight, QuantScheme
 
 
@@ -103,11 +103,9 @@ class InMemory:
             packed.prepare()
 
 
-def pack(
-    block: nn.Module, solved: Mapping[str, Sequence[QuantizedWeight]]
-) -> list[PackedLinear | PackedExperts]:
+def pack(block: nn.Module, solved: Mapping[str, Sequence[QuantizedWeight]]) -> list[Packed]:
     """Put packed modules where the solved linears and experts of `block` are; returns them."""
-    made: list[PackedLinear | PackedExperts] = []
+    made: list[Packed] = []
     for name, results in solved.items():
         parent, _, leaf = name.rpartition(".")
         device = next(block.parameters()).device
@@ -119,7 +117,7 @@ def pack(
             continue  # the other half of an expert stack
         else:
             bias = getattr(block.get_submodule(name), "bias", None)
-            packed = PackedLinear.from_quantized(results[0], bias).to(device)
+            packed = linear_from(results[0], bias).to(device)
         block.set_submodule(parent if len(results) > 1 else name, packed)
         made.append(packed)
     return made

@@ -16,7 +16,7 @@ from llmq.report import read_json, read_report
 if TYPE_CHECKING:
     from llmq.scheme import QuantScheme
 
-_PARTS = ("_packed", "_scale", "_zero_point", "_shape")
+_PARTS = ("_packed", "_scale", "_zero_point", "_shape", "_book", "_outlier", "_outlier_index")
 _INTEGERS = {"I64": "q", "I32": "i"}
 _HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors format
 
@@ -125,6 +125,9 @@ def bits_per_weight(layers: Sequence[StoredLayer]) -> float:
 
 def _describe(scheme: QuantScheme) -> str:
     group = "row" if scheme.group_size == -1 else f"g{scheme.group_size}"
+    book = getattr(scheme, "book", None)  # of a `codebook.CodebookScheme`
+    if book:
+        return f"{book if book == 'nf4' else f'{book} {scheme.bits}-bit'} {group}"
     return f"int{scheme.bits} {group} {'symmetric' if scheme.symmetric else 'asymmetric'}"
 
 

@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, MutableSequence, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from torch import Tensor, nn
 
 from llmq import ranks, shards
 from llmq.ahead import Read
+from llmq.codebook import CodebookWeight, scheme_from
 from llmq.errors import IntegrityError
+from llmq.formats import codebook
 from llmq.gate import Gate, check_layer
 from llmq.hf import saving
 from llmq.hf.outline import pack_outline
@@ -31,7 +34,7 @@ from llmq.output import writing
 from llmq.report import layer_entry
 from llmq.scheme import QuantizedWeight, QuantScheme
 from llmq.store import LayerReport, pack
-from llmq.verify import check_part
+from llmq.verify import check_exact, check_part
 
 _REST = "rest.safetensors"
 
@@ -193,11 +196,13 @@ class Streamed:
     ) -> None:
         """Unpack what was written and compare it with what was solved."""
 
-        def stored(part: Callable[[QuantizedWeight], Tensor]) -> dict[str, Tensor]:
+        def stored(part: Callable[[QuantizedWeight], Tensor | None]) -> dict[str, Tensor]:
             """One tensor per matrix, named and shaped like the dense weights of the original."""
             own = {}
             for name, results in solved.items():
-                values = [part(q) for q in results]
+                values = [found for q in results if (found := part(q)) is not None]
+                if not values:
+                    continue
                 stacked = len(values) > 1
                 key = f"{prefix}.{name}" if stacked else f"{prefix}.{name}.weight"
                 own[key] = torch.stack(values) if stacked else values[0]
@@ -213,6 +218,10 @@ class Streamed:
             stored(lambda q: q.scale),
             stored(lambda q: q.zero),
         )
+        for suffix in codebook.OWN:
+            check_exact(
+                self._work.folder / file, suffix, stored(partial(_beside_codes, suffix=suffix))
+            )
 
     def _schemes(self) -> dict[str, QuantScheme]:
         """Scheme of every packed matrix or stack of experts in the finished blocks."""
@@ -294,6 +303,11 @@ def _compare(expected: Mapping[str, Tensor], found: Mapping[str, shards.Entry]) 
             )
 
 
+def _beside_codes(q: QuantizedWeight, suffix: str) -> Tensor | None:
+    """A tensor that only code books have."""
+    return codebook.write("", q).get(suffix) if isinstance(q, CodebookWeight) else None
+
+
 def stack_name(name: str) -> str:
     """The stack that an expert's matrix belongs to; other names as they are."""
     return re.sub(r"\.\d+\.(gate_up_proj|down_proj)$", r".\1", name)
@@ -301,11 +315,10 @@ def stack_name(name: str) -> str:
 
 def _report(entry: Mapping[str, Any]) -> LayerReport:
     """Undo `report.layer_entry`."""
-    scheme = QuantScheme(entry["bits"], entry["group_size"], entry["symmetric"])
     return LayerReport(
         entry["name"],
         tuple(entry["shape"]),
-        scheme,
+        scheme_from(entry),
         entry["error"],
         entry["tokens"],
         entry["seconds"],

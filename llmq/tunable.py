@@ -74,7 +74,11 @@ def tunable(model: nn.Module) -> Iterator[dict[str, list[Tunable]]]:
     Yields the layers by name of their scales. At the end the model is as it was before, but for
     the scales, which are those of the layers.
     """
-    modules = dict(packed_modules(model))
+    modules = {
+        name: module
+        for name, module in packed_modules(model)
+        if isinstance(module, PackedLinear | PackedExperts)  # code books have no scales that learn
+    }
     made: dict[str, list[Tunable]] = {}
     kept: list[tuple[Tensor, Tensor]] = []
     for name, module in modules.items():

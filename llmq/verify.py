@@ -94,6 +94,25 @@ def check_part(
                 raise _differs(path, f"{key}_zero_point")
 
 
+def check_exact(path: Path, suffix: str, tensors: Mapping[str, Tensor]) -> None:
+    """Compare tensors in a file with what was written.
+
+    Args:
+        path: a safetensors file.
+        suffix: of their names, "weight_book" for example.
+        tensors: key of a dense weight in the original's files -> what shall stand beside it.
+
+    Raises:
+        IntegrityError: names the file and the tensor.
+    """
+    with safe_open(path, "pt") as file:
+        keys = set(file.keys())
+        for dense, wanted in tensors.items():
+            key = dense.removesuffix("weight") + suffix
+            if key not in keys or not torch.equal(file.get_tensor(key), wanted.cpu()):
+                raise _differs(path, key)
+
+
 def seal(folder: Path, known: Mapping[str, str]) -> None:
     """Write the SHA-256 of every file in `folder`; `known` are those that need no reading.
 

@@ -87,6 +87,14 @@ def test_a_config_that_contradicts_the_weights(copy, change, message):
         hf.load(copy)
 
 
+def test_an_unknown_method(copy):
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"]["quant_method"] = "exl9"
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FormatError, match=r"quant_method='exl9'.* compressed-tensors, gptq, awq"):
+        hf.load(copy)
+
+
 def test_a_config_that_forgets_a_packed_layer(copy):
     config = read_config(copy)
     groups(config)[0]["targets"] = ["re:.*self_attn.*"]

@@ -24,4 +24,6 @@ def answers(folder, prompts, count):
     return [answer(model, prompt, count) for prompt in prompts]
 
 
+# Compiled functions would each be built by g++ at run time: minutes per model on a busy machine.
+mx.disable_compile()
 jobs.run(f"mlx-lm {version('mlx-lm')} on a CPU", answers)

@@ -9,7 +9,7 @@ Per matrix (N, K) in groups of G, under the name of its module:
 
 Packing is the bit stream of `bits`.
 
-Input embeddings have a layout of their own, `bytewise`.
+Input embeddings have a layout of their own, `bytewise`, and so have code books, `codebook`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmq.codebook import CodebookScheme
 from llmq.errors import FormatError, SchemeError
+from llmq.formats import codebook
 from llmq.formats.bits import pack_bits, unpack_bits, words
 from llmq.scheme import QuantizedWeight, QuantScheme
 
@@ -36,8 +38,11 @@ def write(name: str, q: QuantizedWeight) -> dict[str, Tensor]:
     """The tensors of the module `name` ("" for bare keys), as they go into the file.
 
     Raises:
-        SchemeError: the columns of `q` have an order, which this layout has no place for.
+        SchemeError: the columns of `q` have an order, which this layout has no place for, or it
+            is in a code book.
     """
+    if isinstance(q.scheme, CodebookScheme):
+        raise SchemeError(f"{name or 'weight'}: in a code book, which {FORMAT} does not hold.")
     if q.order is not None:
         raise SchemeError(
             f"{name or 'weight'}: its inputs are ordered by importance, which compressed-tensors "
@@ -128,11 +133,11 @@ def config(
         ignore: modules in full precision, written the same way.
         embeddings: the same as `groups` for what is stored with one byte per weight.
     """
-    layouts = [(FORMAT, *group) for group in groups.items()]
+    layouts = [(_layout(group[0]), *group) for group in groups.items()]
     layouts += [(BYTEWISE, *group) for group in (embeddings or {}).items()]
     return {
         "quant_method": METHOD,
-        "format": FORMAT,
+        "format": layouts[0][0],
         "quantization_status": "compressed",
         "config_groups": {
             f"group_{i}": {
@@ -149,8 +154,13 @@ def config(
     }
 
 
+def _layout(scheme: QuantScheme) -> str:
+    return codebook.FORMAT if isinstance(scheme, CodebookScheme) else FORMAT
+
+
 def _weights(scheme: QuantScheme) -> dict[str, Any]:
     per_row = scheme.group_size == -1
+    own = codebook.weights(scheme) if isinstance(scheme, CodebookScheme) else {}
     return {
         "num_bits": scheme.bits,
         "type": "int",
@@ -158,6 +168,7 @@ def _weights(scheme: QuantScheme) -> dict[str, Any]:
         "strategy": "channel" if per_row else "group",
         "group_size": None if per_row else scheme.group_size,
         "dynamic": False,
+        **own,
     }
 
 
@@ -222,7 +233,7 @@ def parse_config(quantization_config: Mapping[str, Any]) -> CheckpointConfig:
     default = quantization_config.get("format")
     parsed = [_parse_group(name, group, default) for name, group in groups.items()]
     return CheckpointConfig(
-        tuple((scheme, targets) for layout, scheme, targets in parsed if layout == FORMAT),
+        tuple((scheme, targets) for layout, scheme, targets in parsed if layout != BYTEWISE),
         tuple(quantization_config.get("ignore") or ()),
         {target: s for layout, s, targets in parsed if layout == BYTEWISE for target in targets},
     )
@@ -242,13 +253,15 @@ def _parse_group(
         raise refuse("a named preset instead of a scheme")
     weights = group.get("weights") or {}
     targets = tuple(group.get("targets") or ())
-    layout = group.get("format") or default
+    layout = str(group.get("format") or default)
     by_name = all(t[:1].islower() and not t.startswith("re:") for t in targets)  # no class
-    if layout != FORMAT and not (layout == BYTEWISE and weights.get("num_bits") == 8 and by_name):
+    bytewise = layout == BYTEWISE and weights.get("num_bits") == 8 and by_name
+    if layout not in (FORMAT, codebook.FORMAT) and not bytewise:
         raise refuse(f"format={layout!r}")
     if group.get("input_activations") or group.get("output_activations"):
         raise refuse("activations are quantized")
-    if weights.get("type", "int") != "int" or weights.get("dynamic"):
+    kind = codebook.FORMAT if layout == codebook.FORMAT else "int"
+    if weights.get("type", "int") != kind or weights.get("dynamic"):
         raise refuse(f"type={weights.get('type')!r}, dynamic={weights.get('dynamic')!r}")
     if weights.get("actorder") not in (None, False, "static", "weight"):
         raise refuse(f"actorder={weights['actorder']!r} needs an input permutation")
@@ -257,12 +270,11 @@ def _parse_group(
         strategy = "channel" if group_size in (None, -1) else "group"
     if strategy not in ("group", "channel"):
         raise refuse(f"strategy={strategy!r}")
+    bits, width = weights.get("num_bits", 0), -1 if strategy == "channel" else group_size or 0
     try:
-        scheme = QuantScheme(
-            bits=weights.get("num_bits", 0),
-            group_size=-1 if strategy == "channel" else group_size or 0,
-            symmetric=weights.get("symmetric", True),
-        )
+        if kind == codebook.FORMAT:
+            return layout, codebook.parse(weights, bits, width), targets
+        scheme = QuantScheme(bits, width, symmetric=weights.get("symmetric", True))
     except SchemeError as error:
         raise refuse(str(error).rstrip(".")) from error
     return layout, scheme, targets

@@ -11,8 +11,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from llmq.codebook import CodebookScheme
 from llmq.errors import FormatError
-from llmq.formats import awq, compressed_tensors, gptq
+from llmq.formats import awq, codebook, compressed_tensors, gptq
 from llmq.formats.bits import words
 from llmq.formats.compressed_tensors import CheckpointConfig
 from llmq.scheme import QuantizedWeight, QuantScheme
@@ -131,9 +132,14 @@ def layout_of(quantization_config: Mapping[str, Any]) -> Layout:
         config = awq.parse_config(quantization_config)
         return Layout(method, config, awq.SUFFIXES, awq.read, awq.read_zeros)
     config = compressed_tensors.parse_config(quantization_config)
-    return Layout(
-        compressed_tensors.METHOD, config, compressed_tensors.SUFFIXES, compressed_tensors.read
-    )
+    suffixes = (*compressed_tensors.SUFFIXES, *codebook.OWN)
+    return Layout(compressed_tensors.METHOD, config, suffixes, _read)
+
+
+def _read(name: str, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedWeight:
+    if isinstance(scheme, CodebookScheme):
+        return codebook.read(name, tensors, scheme)
+    return compressed_tensors.read(name, tensors, scheme)
 
 
 def resolved(layout: Layout, tensors: TensorFiles) -> Layout:

@@ -20,6 +20,8 @@ from llmq.fuse import fuse_on_gpu, fuse_shared_inputs, head_scheme, pack_head
 from llmq.hf.quantizer import LlmqConfig, LlmqQuantizer, attach
 from llmq.nn import prepare
 
+METHODS = (compressed_tensors.METHOD, gptq.METHOD, awq.METHOD)
+
 
 @dataclass(frozen=True)
 class _IntegerWeightsOnly:
@@ -37,7 +39,7 @@ class _IntegerWeightsOnly:
 
 def take_over() -> None:
     """Register the quantizer, and put it in charge of the checkpoints it can read."""
-    for method in (compressed_tensors.METHOD, gptq.METHOD, awq.METHOD):
+    for method in METHODS:
         known = AUTO_QUANTIZATION_CONFIG_MAPPING[method]
         previous = getattr(known, "previous", known)  # this package may be reloaded
         AUTO_QUANTIZATION_CONFIG_MAPPING[method] = _IntegerWeightsOnly(previous)  # type: ignore[assignment]
@@ -92,7 +94,7 @@ def load(
 
 
 def _check_config(path_or_name: str | Path, options: dict[str, Any]) -> None:
-    """Refuse what is no causal language model."""
+    """Refuse what is no causal language model, or quantized in a way that nobody here knows."""
     hub = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code")
     try:
         config = AutoConfig.from_pretrained(
@@ -104,6 +106,13 @@ def _check_config(path_or_name: str | Path, options: dict[str, Any]) -> None:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not getattr(config, "auto_map", None):
         raise SourceError(
             f"{path_or_name}: model_type={config.model_type!r} is not a causal language model."
+        )
+    stated = getattr(config, "quantization_config", None)
+    method = stated.get("quant_method") if isinstance(stated, dict) else None
+    if method is not None and method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        raise FormatError(  # transformers would fill the layers with random numbers
+            f"{path_or_name}: quant_method={method!r} is known neither to llmq, which reads "
+            f"{', '.join(METHODS)}, nor to this version of transformers."
         )
 
 

@@ -11,8 +11,17 @@ from transformers.modeling_utils import PreTrainedModel
 
 from llmq.errors import SchemeError
 from llmq.formats import compressed_tensors
-from llmq.nn import STACKS, PackedEmbedding, PackedLinear, packed_modules
+from llmq.nn import (
+    STACKS,
+    CodebookLinear,
+    PackedEmbedding,
+    PackedExperts,
+    PackedLinear,
+    packed_modules,
+)
 from llmq.scheme import QuantScheme
+
+_LINEARS = PackedLinear | CodebookLinear
 
 
 def checkpoint_config(model: PreTrainedModel) -> dict[str, Any]:
@@ -30,8 +39,8 @@ def checkpoint_config(model: PreTrainedModel) -> dict[str, Any]:
                 "compressed-tensors has no place for. The checkpoint it came from can be used as "
                 "it is."
             )
-        linear = isinstance(module, PackedLinear)
-        for stem, scheme in ({"weight": module.scheme} if linear else module.schemes).items():
+        experts = isinstance(module, PackedExperts)
+        for stem, scheme in (module.schemes if experts else {"weight": module.scheme}).items():
             packed = {f"{name}.{stem}_packed": module.get_parameter(f"{stem}_packed")}
             schemes.setdefault(scheme, []).extend(_written(model, packed))
     if not schemes:
@@ -39,7 +48,7 @@ def checkpoint_config(model: PreTrainedModel) -> dict[str, Any]:
     most = max(schemes, key=lambda scheme: len(schemes[scheme]))
     groups = {most: ["Linear"]} | {s: names for s, names in schemes.items() if s != most}
     head = _head(model)
-    if head and isinstance(head[1], PackedLinear) and head[1].scheme == most:
+    if head and isinstance(head[1], _LINEARS) and head[1].scheme == most:
         written = _written(model, {f"{head[0]}.weight_packed": head[1].weight_packed})
         groups[most] += [f"re:.*{name}" for name in sorted({head[0], *written})]
     return compressed_tensors.config(groups, _dense_names(model), _embeddings(model))
@@ -81,7 +90,7 @@ def _dense_names(model: PreTrainedModel) -> list[str]:
     }
     head = _head(model)
     names = set()
-    if head and not isinstance(head[1], PackedLinear):
+    if head and not isinstance(head[1], _LINEARS):
         dense[f"{head[0]}.weight"] = head[1].get_parameter("weight")
         names.add(head[0])
     return sorted(names.union(_written(model, dense)))

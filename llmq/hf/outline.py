@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from llmq.hf.quantizer import attach
 from llmq.hf.saving import SHARD_SIZE, checkpoint_tensors, shard_index, shards
 from llmq.hf.skeleton import out_in, put
-from llmq.nn import STACKS, PackedEmbedding, PackedExperts, PackedLinear, is_stacked_experts
+from llmq.nn import STACKS, PackedEmbedding, PackedExperts, is_stacked_experts, linear_like
 from llmq.scheme import QuantScheme
 from llmq.shards import file_bytes
 
@@ -47,7 +47,7 @@ def pack_outline(model: PreTrainedModel, schemes: Mapping[str, QuantScheme]) -> 
             continue
         N, K = out_in(module)  # type: ignore[arg-type]
         dtype = module.get_parameter("weight").dtype
-        packed = PackedLinear(scheme, K, N, module.bias is not None, dtype, "meta")
+        packed = linear_like(scheme, K, N, module.bias is not None, dtype)
         if module is model.get_output_embeddings():
             model.set_output_embeddings(packed)
         else:

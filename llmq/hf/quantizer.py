@@ -28,7 +28,14 @@ from llmq.hf.foreign import is_repacking, loading_conversions
 from llmq.hf.names import checkpoint_config
 from llmq.hf.rounding import RoundToNearest, chosen_parameters
 from llmq.hf.skeleton import pack_skeleton, tensor_shapes
-from llmq.nn import PackedEmbedding, PackedExperts, PackedLinear, packed_modules, prepare
+from llmq.nn import (
+    CodebookLinear,
+    PackedEmbedding,
+    PackedExperts,
+    PackedLinear,
+    packed_modules,
+    prepare,
+)
 from llmq.scheme import QuantScheme
 
 # transformers 5.17 has no `copy`. There, patterns of key names also match suffixed names, and
@@ -147,7 +154,7 @@ class LlmqQuantizer(HfQuantizer):
         if SUFFIXES_MATCH:
             _cast(model, model.config.dtype)
         for module in model.modules():
-            if isinstance(module, PackedLinear | PackedExperts | PackedEmbedding):
+            if isinstance(module, PackedLinear | PackedExperts | PackedEmbedding | CodebookLinear):
                 module.requires_grad_(False)
         prepare(model)
         if self.repacked is not None:
@@ -207,7 +214,7 @@ def attach(model: Any) -> None:
         SchemeError: the model has no packed module.
     """
     quantizer = convert_packed(model)
-    if isinstance(model.get_output_embeddings(), PackedLinear):
+    if isinstance(model.get_output_embeddings(), PackedLinear | CodebookLinear):
         model.config.tie_word_embeddings = False
         model.all_tied_weights_keys = {}
     config = LlmqConfig(checkpoint=checkpoint_config(model))

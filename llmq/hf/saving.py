@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from llmq.errors import SourceError
-from llmq.formats import compressed_tensors
+from llmq.formats import codebook, compressed_tensors
 from llmq.hf.quantizer import attach
 from llmq.output import staged_folder, writing
 from llmq.shards import DTYPES, INDEX, Entry, combine
@@ -158,7 +158,7 @@ def checkpoint_tensors(
 
 def _dense_key(key: str) -> str:
     """The key of the full-precision tensor that `key` belongs to."""
-    for suffix in compressed_tensors.SUFFIXES:
+    for suffix in (*compressed_tensors.SUFFIXES, *codebook.OWN):
         if key.endswith(f".{suffix}"):
             return key.removesuffix(suffix) + "weight"
     return key

@@ -17,14 +17,15 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llmq.errors import FormatError
+from llmq.formats import codebook, compressed_tensors
 from llmq.formats.compressed_tensors import CheckpointConfig
 from llmq.nn import (
     STACKS,
     PackedEmbedding,
     PackedExperts,
-    PackedLinear,
     expert_weight,
     is_stacked_experts,
+    linear_like,
 )
 from llmq.scheme import QuantScheme
 
@@ -88,7 +89,7 @@ def pack_skeleton(model: PreTrainedModel, config: CheckpointConfig, shapes: Shap
             _check_divides(name, K, scheme)
             bias = module.bias is not None
             ordered = f"{sources[0]}_order" in shapes
-            put(model, name, PackedLinear(scheme, K, N, bias, dtype, "meta", ordered))
+            put(model, name, linear_like(scheme, K, N, bias, dtype, ordered))
         else:
             raise FormatError(f"{sources[0]}: packed, but {type(module).__name__} cannot be.")
     for name, schemes in stacks.items():
@@ -171,7 +172,8 @@ def _check_divides(name: str, in_features: int, scheme: QuantScheme) -> None:
 
 def _check_tensors(parameter: str, sources: list[str], expected: Shapes, found: Shapes) -> None:
     """Every tensor of `parameter` is in the file and adds up to the shape the model expects."""
-    for suffix in ("_packed", "_scale", "_zero_point", "_shape"):
+    suffixes = (*compressed_tensors.SUFFIXES, *codebook.OWN)
+    for suffix in (name.removeprefix("weight") for name in suffixes):
         if parameter + suffix not in expected:
             continue
         for source in sources:
