@@ -168,7 +168,10 @@ def run(case: Case) -> dict:
 
 
 def run_briefly(case: Case) -> dict:
-    """Errors of one case: both kernels once, in float32, where a wrong bit of a weight shows."""
+    """Errors of one case: the kernel once, in float32, where a wrong bit of a weight shows.
+
+    And the dequantizing kernel, which is the same for all dtypes of x, for one of them.
+    """
     import torch
 
     from llmq_kernels import launch, reference
@@ -178,7 +181,10 @@ def run_briefly(case: Case) -> dict:
     exact = reference.linear(x.double(), weight, bias)
     plan = Plan(case.tiles, case.block_m, case.unroll, case.split)
     found = poisoned(lambda: launch.linear(x, weight, bias, plan, out_dtype=torch.float32))
-    matrix = poisoned(lambda: launch.dequantize(weight, torch.float32))
+    exactly = True
+    if case.dtype == "bfloat16":
+        matrix = poisoned(lambda: launch.dequantize(weight, torch.float32))
+        exactly = torch.equal(matrix, reference.dequantize(weight, torch.float32))
     return {
         "name": case.name(),
         "group": case.group,
@@ -186,7 +192,7 @@ def run_briefly(case: Case) -> dict:
         "error_float32": distance(found, exact),
         "dense": distance(reference.linear(x, weight, bias), exact),
         "counters_zero": not weight.counters.any().item(),
-        "dequantize": torch.equal(matrix, reference.dequantize(weight, torch.float32)),
+        "dequantize": exactly,
     }
 
 
@@ -290,7 +296,8 @@ def main() -> None:
         return
     if sys.argv[1] == "formats":
         for case in formats():
-            print(json.dumps(run_briefly(case._replace(N=37))), flush=True)  # noqa: T201
+            if case not in chosen():
+                print(json.dumps(run_briefly(case._replace(N=37))), flush=True)  # noqa: T201
         return
     cases = full() if sys.argv[1] == "full" else [*formats(), *shapes()]
     for case in cases:
