@@ -120,21 +120,44 @@ def decoding(report, device, roof: float, batches, *, dry: bool = False) -> None
     """Tokens per second of the whole model, packed and in bf16."""
     sizes = TINY if dry else LLAMA_8B
     models: dict[str, Any] = {}
-    modes: list[Any] = ["eager"] if dry else ["graph", "compiled graph"]
-    for mode, name in itertools.product(modes, ("packed", "dense")):
+    for name, mode, batch in order(batches, dry):
         head = {"name": name, "shape": "tiny" if dry else "Llama-3.1-8B", "mode": mode}
+        if report.left() < (60 if mode == "compiled graph" else 5):
+            report.add("stopped", **head, batch=batch, why="out of time")
+            continue
         try:
             if name not in models:
                 bits = 4 if name == "packed" else None
                 models[name] = random_model(sizes, device, bits, 32 if dry else 128)
         except failures() as error:
-            report.add("decode", **head, error=str(error)[:300])
+            report.add("decode", **head, batch=batch, error=str(error)[:300])
             continue
-        for batch in batches:
-            if report.left() < (70 if mode == "compiled graph" else 5):
-                report.add("stopped", **head, batch=batch, why="out of time")
-            else:
-                _decode_row(report, models[name], head, batch, roof, dry)
+        _decode_row(report, models[name], head, batch, roof, dry)
+
+
+def order(batches, dry: bool) -> list[tuple[str, str, int]]:
+    """(model, how a step is taken, batch), most important first: compiling takes a minute each."""
+    first, *others = batches
+    if dry:
+        return list(itertools.product(("packed", "dense"), ("eager",), batches))
+    return [
+        *(("packed", "graph", batch) for batch in batches),
+        ("packed", "compiled graph", first),
+        *(("dense", "graph", batch) for batch in batches),
+        ("dense", "compiled graph", first),
+        *itertools.product(("packed", "dense"), ("compiled graph",), others),
+    ]
+
+
+def backends_of(model) -> dict[str, Any]:
+    """What multiplies by the packed matrices, and why some are left to plain torch, if any are."""
+    from llmq import backends
+    from llmq.nn import PackedLinear, packed_modules
+
+    layers = [layer for _, layer in packed_modules(model) if isinstance(layer, PackedLinear)]
+    plain = [layer for layer in layers if layer.backend == backends.TORCH]
+    found: dict[str, Any] = {"backends": sorted({layer.backend.name for layer in layers})}
+    return found | ({"why_plain": backends.why_plain(plain[0])} if plain else {})
 
 
 def _decode_row(report, model, head: dict[str, Any], batch: int, roof: float, dry: bool) -> None:
@@ -143,7 +166,7 @@ def _decode_row(report, model, head: dict[str, Any], batch: int, roof: float, dr
     prompt, tokens = (8, 4) if dry else (128, 128)
     try:
         row = measure(model, head["name"], batch, prompt, tokens, 3, head["mode"], 1e9 * roof)
-        values = dataclasses.asdict(row)
+        values = dataclasses.asdict(row) | backends_of(model)
         values.pop("model")
     except failures() as error:
         values = {"batch": batch, "error": str(error)[:300]}

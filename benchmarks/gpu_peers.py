@@ -31,10 +31,12 @@ def tinygemm(codes: Tensor, scale: Tensor, zero: Tensor, group: int, dtype: torc
 
 
 def gemlite(codes: Tensor, scale: Tensor, zero: Tensor, group: int, dtype: torch.dtype):
-    """gemlite's Triton kernels, with its default choice of launches."""
+    """gemlite's Triton kernels, with its default choice of launches; groups."""
     from gemlite.core import DType, GemLiteLinear  # pyright: ignore[reportMissingImports]
 
     N, K = codes.shape
+    if group == -1:
+        return None
     kind = DType.BF16 if dtype == torch.bfloat16 else DType.FP16
     layer = GemLiteLinear(
         4, group_size=group, in_features=K, out_features=N, input_dtype=kind, output_dtype=kind
@@ -78,9 +80,10 @@ def torchao(codes: Tensor, scale: Tensor, zero: Tensor, group: int, dtype: torch
     if dtype != torch.bfloat16 or group not in (32, 64, 128):
         return None
     layer = torch.nn.Sequential(_linear(codes, scale, zero, dtype))
-    quantize_(
-        layer, Int4WeightOnlyConfig(group_size=group, int4_packing_format="tile_packed_to_4d")
+    config = Int4WeightOnlyConfig(
+        group_size=group, int4_packing_format="tile_packed_to_4d", set_inductor_config=False
     )
+    quantize_(layer, config)
     return layer
 
 

@@ -9,13 +9,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from gpu_checks import failures, ours
+from gpu_checks import distance, failures, ours
 from gpu_peers import present
 
 from llmq_kernels import layout, reference, tune
 from llmq_kernels.timing import copies, microseconds
 
 SLOW = 60  # seconds after which a contender gets no more rows of one shape: some tune themselves
+MOST_ROWS = {"tinygemm": 256}  # beyond, it takes up to twenty times the dense product's time
 
 
 def bandwidth(report, device: torch.device, size: int) -> float:
@@ -74,33 +75,43 @@ def times(
     shapes: Sequence[tuple[int, int]],
     rows: Sequence[int],
     roof: float,
-    group: int = 128,
     dtype: torch.dtype = torch.bfloat16,
+    group: int = 128,
+    symmetric: bool = True,
     peers: bool = False,
 ) -> None:
     """One shape after the other, cold weights: the dense product, ours and tinygemm.
 
-    With `peers`, the dense product and whoever else is installed.
+    With `peers`, the dense product and whoever else is installed. A row "agreement" says how far a
+    contender's result is from the float32 product: one that is wrong is not timed for nothing.
     """
     cache = cache_bytes(device)
     for N, K in shapes:
         if report.left() < 15:
             report.add("stopped", N=N, K=K, why="out of time")
             return
+        groups = 1 if group == -1 else K // group
         codes = torch.randint(0, 16, (N, K), dtype=torch.uint8, device=device)
-        scale = (torch.rand(N, K // group, device=device) * 0.02 + 0.01).to(dtype)
-        zero = torch.full((N, K // group), 8, dtype=torch.uint8, device=device)
-        weight = layout.pack(codes, scale, None, bits=4, group_size=group)
-        where = {"N": N, "K": K, "group": group, "dtype": str(dtype).removeprefix("torch.")}
+        scale = (torch.rand(N, groups, device=device) * 0.02 + 0.01).to(dtype)
+        zero = torch.full((N, groups), 8, dtype=torch.uint8, device=device)
+        if not symmetric:
+            zero.random_(0, 16)
+        weight = layout.pack(codes, scale, None if symmetric else zero, bits=4, group_size=group)
+        where = {"N": N, "K": K, "group": group, "symmetric": symmetric}
+        where["dtype"] = str(dtype).removeprefix("torch.")
+        some = torch.randn(2, K, device=device).to(dtype)
+        exact = some.float() @ reference.dequantize(weight, torch.float32).T
         dense_us: dict[int, float] = {}
         for name, make in contenders(weight, codes, scale, zero, gpu, cache, peers).items():
             try:
-                products = make()
+                if not (products := make()):
+                    continue
+                found = distance(products[0](some), exact)
             except failures() as error:
                 report.add("time", name=name, error=str(error)[:300], **where)
                 continue
-            if products:
-                _rows(report, device, name, products, rows, where, dense_us, roof, weight)
+            report.add("agreement", name=name, distance=found, **where)
+            _rows(report, device, name, products, rows, where, dense_us, roof, weight)
 
 
 def _rows(
@@ -118,6 +129,8 @@ def _rows(
     end = time.monotonic() + SLOW
     for M in rows:
         row = {"name": name, "M": M} | where
+        if M > MOST_ROWS.get(name, M):
+            continue
         if time.monotonic() > end or report.left() < 5:
             report.add("time", **row, error="out of time")
             continue
@@ -133,7 +146,8 @@ def _rows(
         if M in dense_us:
             row["over_dense"] = dense_us[M] / us
         if name == "ours":
-            nbytes = weight.qweight.nbytes + weight.scale.nbytes
+            zeros = 0 if weight.zero is None else weight.zero.nbytes
+            nbytes = weight.qweight.nbytes + weight.scale.nbytes + zeros
             row |= {
                 "bytes": nbytes,
                 "gb_per_s": nbytes / us / 1e3,
@@ -162,4 +176,5 @@ def search(
         if found:
             us, _, plan = min(found)
             row = {"N": N, "K": K, "M": M, "us": us, "closed_form_us": found[0][0]}
-            report.add("search", **row, tried=len(found), plan=plan._asdict())
+            name = "dense" if plan is None else plan._asdict()
+            report.add("search", **row, tried=len(found), plan=name)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+DISTANT = 0.2  # from the exact product; peers that round the matrix again stay below
 LARGE = 30e6  # bytes of packed weight from which a layer counts as large
 
 
@@ -45,9 +46,17 @@ def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     )
 
 
-def times(rows: Rows, dtype: str, group: int) -> str:
+def format_of(row: dict[str, Any]) -> tuple[str, int, bool]:
+    """What a timed weight was stored in."""
+    return row["dtype"], row["group"], row["symmetric"]
+
+
+MAIN = ("bfloat16", 128, True)  # the format that the aims are about
+
+
+def times(rows: Rows, stored: tuple[str, int, bool]) -> str:
     """Ratio to the dense product by shape, contender and rows of x; ours with its share of roof."""
-    found = [r for r in of_kind(rows, "time") if (r["dtype"], r["group"]) == (dtype, group)]
+    found = [r for r in of_kind(rows, "time") if format_of(r) == stored]
     batches = sorted({r["M"] for r in found})
     lines = []
     for N, K in dict.fromkeys((r["N"], r["K"]) for r in found):
@@ -94,11 +103,8 @@ def models(rows: Rows) -> str:
 def aims(rows: Rows) -> str:
     """Every aim with the worst row that it is judged by."""
     lines = []
-    ours = [
-        r
-        for r in of_kind(rows, "time")
-        if r["name"] == "ours" and (r["dtype"], r["group"]) == ("bfloat16", 128)
-    ]
+    timed = of_kind(rows, "time")
+    ours = [r for r in timed if r["name"] == "ours" and format_of(r) == MAIN]
     for aim in AIMS:
         judged = [r for r in ours if r["M"] == aim.rows and r["bytes"] >= LARGE]
         if judged:
@@ -120,14 +126,11 @@ def aims(rows: Rows) -> str:
 
 def slower_than_peers(rows: Rows, limit: int = 64) -> list[str]:
     """Rows of up to `limit` rows of x in which somebody else is faster."""
-    best = {
-        (r["N"], r["K"], r["M"], r["dtype"], r["group"]): r["us"]
-        for r in of_kind(rows, "time")
-        if r["name"] == "ours"
-    }
+    timed = of_kind(rows, "time")
+    best = {(r["N"], r["K"], r["M"], format_of(r)): r["us"] for r in timed if r["name"] == "ours"}
     found = []
-    for r in of_kind(rows, "time"):
-        mine = best.get((r["N"], r["K"], r["M"], r["dtype"], r["group"]))
+    for r in timed:
+        mine = best.get((r["N"], r["K"], r["M"], format_of(r)))
         if mine is not None and r["name"] != "ours" and r["M"] <= limit and r["us"] < mine:
             what = f"{r['N']} x {r['K']}, M={r['M']}, {r['dtype']}, groups of {r['group']}"
             found.append(f"{r['name']} is faster: {what}: {r['us']:.1f} us, ours {mine:.1f} us")
@@ -145,13 +148,22 @@ def page(report: dict[str, Any]) -> str:
     checked = [r for r in rows if "ok" in r]
     parts.append(f"{len(checked)} checks, {len(failed)} failed.")
     parts += [f"- failed: {json.dumps(r)}" for r in failed]
+    compared = [r["batch_invariant"] for r in rows if "batch_invariant" in r]
+    parts.append(
+        f"In {sum(compared)} of {len(compared)} checks the first row of x had the same bits in "
+        "every batch up to 64."
+    )
     parts.append(aims(rows))
-    for dtype, group in dict.fromkeys((r["dtype"], r["group"]) for r in of_kind(rows, "time")):
-        parts.append(f"4 bits, symmetric, groups of {group}, {dtype}:")
-        parts.append(times(rows, dtype, group))
+    for stored in dict.fromkeys(map(format_of, of_kind(rows, "time"))):
+        dtype, group, symmetric = stored
+        kind = "symmetric" if symmetric else "with zero points"
+        parts.append(f"4 bits, {kind}, groups of {group}, {dtype}:")
+        parts.append(times(rows, stored))
     parts += [chains(rows), models(rows)]
     if slower := slower_than_peers(rows):
         parts.append("\n".join(f"- {line}" for line in slower))
+    strange = [r for r in of_kind(rows, "agreement") if not r["distance"] < DISTANT]
+    parts += [f"- computes something else: {json.dumps(r)}" for r in strange]
     errors = [r for r in rows if "error" in r]
     parts += [f"- no result: {json.dumps(r)}" for r in errors]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -33,7 +33,7 @@ SHAPES = [  # N x K: q/k/v, o, gate/up, down of 8B and 70B Llamas, a head, Qwen3
     (10240, 8192), (8192, 28672), (128256, 4096), (8192, 5120), (5120, 25600), (1024, 3072),
 ]  # fmt: skip
 FIRST_ROWS = (1, 16, 64, 256, 2048)
-OTHER_ROWS = (2, 4, 8, 32, 48, 96, 128, 512, 1024, 4096)
+OTHER_ROWS = (2, 4, 8, 32, 48, 96, 128, 512, 1024, 4096, 8192)
 GRACE = 20  # seconds that a section may take beyond its limit, before it is killed
 
 
@@ -56,8 +56,8 @@ def first(report: Report, on: Machine) -> None:
     shapes, rows = [(1030, 1536)], (1, 5, 16, 33, 64, 200, 600)
     if on.dry:
         shapes, rows = [(70, 128)], (1, 3)
-    checks(report, on.device, on.gpu, main, shapes, rows)
     bandwidth(report, on.device, 1 << (16 if on.dry else 30))
+    checks(report, on.device, on.gpu, main, shapes, rows)
     operator_checks(report, on.device)
 
 
@@ -92,9 +92,11 @@ def formats(report: Report, on: Machine) -> None:
 
 
 def other_times(report: Report, on: Machine) -> None:
-    """Other groups, fp16, other numbers of rows, other shapes."""
+    """Other groups, zero points, fp16, other numbers of rows, other shapes."""
     _times(report, on, SHAPES[:1], FIRST_ROWS, group=32)
     _times(report, on, SHAPES[:1], FIRST_ROWS, group=64)
+    _times(report, on, SHAPES[:1], (1, 16, 64), symmetric=False)
+    _times(report, on, SHAPES[:1], (1, 16, 64), group=-1)
     _times(report, on, SHAPES[:2], (1, 16, 64), dtype="float16")
     _times(report, on, SHAPES[5:], FIRST_ROWS)
     _times(report, on, SHAPES[:2], OTHER_ROWS)
@@ -102,6 +104,12 @@ def other_times(report: Report, on: Machine) -> None:
 
 def peer_times(report: Report, on: Machine) -> None:
     """Kernels of other projects, where they are installed; some tune themselves, slowly."""
+    from gpu_peers import present
+
+    names = sorted(present().keys() - {"tinygemm"})  # which `main_times` has
+    report.add("peers", installed=names)
+    if not names and not on.dry:
+        return
     _times(report, on, SHAPES[:3], (1, 16, 64), peers=True)
     _times(report, on, SHAPES[:1], (1, 16, 64), dtype="float16", peers=True)
 
@@ -140,11 +148,11 @@ class Section(NamedTuple):
 SECTIONS = {
     "first": Section(first, 110),
     "times": Section(main_times, 130),
-    "decode": Section(decode, 150),
+    "decode": Section(decode, 200),
     "chains": Section(chains, 40),
     "formats": Section(formats, 120, processes=8),
-    "other-times": Section(other_times, 90),
     "peers": Section(peer_times, 120),
+    "other-times": Section(other_times, 90),
     "search": Section(searching, 60),
     "sanitizer": Section(sanitizing, 60),
 }
@@ -161,17 +169,16 @@ def _times(
     on: Machine,
     shapes: list[tuple[int, int]],
     rows: tuple[int, ...],
-    group: int = 128,
     dtype: str = "bfloat16",
-    peers: bool = False,
+    **options: Any,
 ) -> None:
     import torch
     from gpu_times import times
 
     if on.dry:
         shapes, rows = [(64, 128)], (1,)
-    kind = getattr(torch, dtype)
-    times(report, on.device, on.gpu, shapes, rows, _roof(report, on), group, kind, peers)
+    roof = _roof(report, on)
+    times(report, on.device, on.gpu, shapes, rows, roof, getattr(torch, dtype), **options)
 
 
 def machine(dry: bool, share: tuple[int, int] = (0, 1)) -> Machine:

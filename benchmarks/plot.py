@@ -74,7 +74,7 @@ def quality(rows: list[dict[str, Any]]) -> Figure:
 
 
 def speed(rows: list[dict[str, Any]]) -> Figure:
-    """The figure of on_gpu.py: bf16, 4 bits, groups of 128.
+    """The figure of on_gpu.py: bf16, 4 bits, symmetric, groups of 128.
 
     Raises:
         SystemExit: nothing has been timed.
@@ -84,7 +84,7 @@ def speed(rows: list[dict[str, Any]]) -> Figure:
         for row in rows
         if row["kind"] == "time"
         and "error" not in row
-        and (row["dtype"], row["group"]) == ("bfloat16", 128)
+        and (row["dtype"], row["group"], row["symmetric"]) == ("bfloat16", 128, True)
     ]
     if not timed:
         raise SystemExit("These results hold no times.")

@@ -17,7 +17,7 @@ from transformers import Cache, PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from llmq.errors import BackendError
-from llmq.graph import Step, beside, captured
+from llmq.graph import Step, beside, captured, without_waiting
 
 Mode = Literal["eager", "compiled", "graph", "compiled graph"]
 MODES: tuple[Mode, ...] = ("eager", "compiled", "graph", "compiled graph")
@@ -76,17 +76,39 @@ class Decoder:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Feed `token` to the model and put the next one in its place."""
+        """Feed `token` to the model and put the next one in its place.
+
+        Raises:
+            BackendError: in the first two steps: this model's cannot be compiled or captured.
+        """
         if self._replay is not None:
             self._replay()
+        elif self._taken < 2:
+            self._try()
         elif not self.mode.endswith("graph"):
             self._eager()
-        elif self._taken < 2:  # what is captured must have run before
-            beside(self._eager, self.model.device)
         else:
             self._replay = captured(self._eager, self.model.device)
             self._replay()
         self._taken += 1
+
+    def _try(self) -> None:
+        """One of the first two steps: what is captured must have run before.
+
+        The first compiles, which may wait for the GPU.
+        """
+        try:
+            if not self.mode.endswith("graph"):
+                self._eager()
+            elif self._taken == 0:
+                beside(self._eager, self.model.device)
+            else:
+                with without_waiting():
+                    beside(self._eager, self.model.device)
+        except RuntimeError as error:
+            if reason := _refused(error):
+                raise BackendError(f"mode={self.mode!r}: {reason}") from error
+            raise
 
     def _step(self) -> None:
         self.token.copy_(self._logits(self.token).argmax(-1, keepdim=True))
@@ -164,6 +186,17 @@ def why_not(model: PreTrainedModel, mode: Mode) -> str | None:
     if other := kinds - {StaticLayer, StaticSlidingWindowLayer}:
         return f"this model keeps state in {other.pop().__name__}, not in keys and values alone."
     return None
+
+
+def _refused(error: RuntimeError) -> str | None:
+    """What is wrong with a model whose step raised this; None: the error is about other things."""
+    if "synchronizing CUDA operation" in str(error):
+        found = "waits for the GPU, which a CUDA graph cannot do"
+    elif isinstance(error, torch._dynamo.exc.TorchDynamoException):
+        found = "cannot be compiled by torch"
+    else:
+        return None
+    return f"a step of this model {found}; use mode='eager', that is, no --fast."
 
 
 def _not_greedy(config: Any) -> str | None:

@@ -7,7 +7,9 @@ Python; what it changes in place (a cache, a position) moves on with every repla
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -37,3 +39,24 @@ def beside(step: Step, device: torch.device) -> None:
         with torch.cuda.stream(side):
             step()
         torch.cuda.current_stream().wait_stream(side)
+
+
+@contextmanager
+def without_waiting() -> Iterator[None]:
+    """Operations of torch that wait for the GPU raise RuntimeError, as they would in a capture.
+
+    A capture that fails can leave CUDA in no state to go on; this does not.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    _wait(2)
+    try:
+        yield
+    finally:
+        _wait(before)
+
+
+def _wait(mode: int) -> None:
+    """0: silently, 2: never. Torch warns that it may not see every operation."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode(mode)

@@ -1,6 +1,7 @@
 """Every case of the fused and the dequantizing kernel, run by Triton's interpreter.
 
-    TRITON_INTERPRET=1 python tests/kernels_cases.py default|full|experts|selfcheck [name ...]
+    TRITON_INTERPRET=1 python tests/kernels_cases.py default|full|experts [name ...]
+    TRITON_INTERPRET=1 python tests/kernels_cases.py formats|selfcheck
 
 The interpreter is chosen when triton is imported, hence a process of its own (see
 test_kernels_interpreter.py). One JSON object per case on standard output.
@@ -112,12 +113,11 @@ def full() -> list[Case]:
     return found
 
 
-def run(case: Case) -> dict:
-    """Errors of one case against float64, relative to the Frobenius norm of the result."""
+def drawn(case: Case) -> tuple:
+    """A random weight, x and bias."""
     import torch
 
-    from llmq_kernels import launch, layout, reference
-    from llmq_kernels.plan import Plan
+    from llmq_kernels import layout
 
     torch.manual_seed(0)
     dtype = getattr(torch, case.dtype)
@@ -129,7 +129,18 @@ def run(case: Case) -> dict:
         codes, scale, None if case.symmetric else zero, bits=case.bits, group_size=case.group
     )
     x = torch.randn(case.M, case.K).to(dtype)
-    bias = torch.randn(case.N).to(dtype) if case.bias else None
+    return weight, x, torch.randn(case.N).to(dtype) if case.bias else None
+
+
+def run(case: Case) -> dict:
+    """Errors of one case against float64, relative to the Frobenius norm of the result."""
+    import torch
+
+    from llmq_kernels import launch, reference
+    from llmq_kernels.plan import Plan
+
+    dtype = getattr(torch, case.dtype)
+    weight, x, bias = drawn(case)
     exact = reference.linear(x.double(), weight, bias)
     dense = reference.linear(x, weight, bias)
     plan = Plan(case.tiles, case.block_m, case.unroll, case.split)
@@ -153,6 +164,35 @@ def run(case: Case) -> dict:
         "dequantize": torch.equal(matrix, reference.dequantize(weight, torch.float32))
         and torch.equal(short, reference.dequantize(weight, dtype)),
         "seconds": time.perf_counter() - started,
+    }
+
+
+def run_briefly(case: Case) -> dict:
+    """Errors of one case: the kernel once, in float32, where a wrong bit of a weight shows.
+
+    And the dequantizing kernel, which is the same for all dtypes of x, for one of them.
+    """
+    import torch
+
+    from llmq_kernels import launch, reference
+    from llmq_kernels.plan import Plan
+
+    weight, x, bias = drawn(case)
+    exact = reference.linear(x.double(), weight, bias)
+    plan = Plan(case.tiles, case.block_m, case.unroll, case.split)
+    found = poisoned(lambda: launch.linear(x, weight, bias, plan, out_dtype=torch.float32))
+    exactly = True
+    if case.dtype == "bfloat16":
+        matrix = poisoned(lambda: launch.dequantize(weight, torch.float32))
+        exactly = torch.equal(matrix, reference.dequantize(weight, torch.float32))
+    return {
+        "name": case.name(),
+        "group": case.group,
+        "error": distance(found.to(x.dtype), exact),
+        "error_float32": distance(found, exact),
+        "dense": distance(reference.linear(x, weight, bias), exact),
+        "counters_zero": not weight.counters.any().item(),
+        "dequantize": exactly,
     }
 
 
@@ -253,6 +293,11 @@ def main() -> None:
         return
     if sys.argv[1] == "selfcheck":
         print(json.dumps(run_selfcheck()))  # noqa: T201
+        return
+    if sys.argv[1] == "formats":
+        for case in formats():
+            if case not in chosen():
+                print(json.dumps(run_briefly(case._replace(N=37))), flush=True)  # noqa: T201
         return
     cases = full() if sys.argv[1] == "full" else [*formats(), *shapes()]
     for case in cases:

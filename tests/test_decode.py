@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -131,12 +131,47 @@ def test_the_step_that_is_captured_has_run_twice_before(monkeypatch) -> None:
         log.append("beside")
         step()
 
+    @contextmanager
+    def without_waiting():
+        log.append("no waiting")
+        yield
+        log.append("waiting")
+
     monkeypatch.setattr(module, "captured", captured)
     monkeypatch.setattr(module, "beside", beside)
+    monkeypatch.setattr(module, "without_waiting", without_waiting)
     monkeypatch.setattr(module, "why_not", lambda model, mode: None)
     assert torch.equal(decode(model, ids, NEW, mode="graph"), expected)
     taken = expected.shape[1] - 7 - 1
-    assert log == ["beside", "beside", "captured", *["replayed"] * (taken - 2)]
+    assert log == [
+        "beside", "no waiting", "beside", "waiting", "captured", *["replayed"] * (taken - 2),
+    ]  # fmt: skip
+
+
+def test_a_step_that_waits_for_the_gpu_is_refused(monkeypatch) -> None:
+    model: Any = tiny_model("llama", torch.float32)
+    monkeypatch.setattr(module, "why_not", lambda model, mode: None)
+    monkeypatch.setattr(module, "without_waiting", nullcontext)
+    for text, expected in (
+        ("called a synchronizing CUDA operation", BackendError),
+        ("an illegal memory access was encountered", RuntimeError),
+    ):
+
+        def beside(step, device, text=text):
+            raise RuntimeError(text)
+
+        monkeypatch.setattr(module, "beside", beside)
+        with pytest.raises(expected) as caught:
+            decode(model, tiny_ids(1, 3), 4, mode="graph")
+        assert ("mode='graph': a step of this model waits" in str(caught.value)) == (
+            expected is BackendError
+        )
+
+
+def test_a_step_that_cannot_be_compiled_is_refused() -> None:
+    model: Any = tiny_model("opt", torch.float32)  # counts its positions on the host
+    with pytest.raises(BackendError, match="cannot be compiled by torch; use mode='eager'"):
+        decode(model, tiny_ids(1, 3), 4, mode="compiled", backend="eager")
 
 
 def test_capture_and_warm_up_keep_to_torchs_rules(monkeypatch) -> None:
@@ -164,6 +199,8 @@ def test_capture_and_warm_up_keep_to_torchs_rules(monkeypatch) -> None:
         synchronize=lambda: log.append("synchronize"),
         CUDAGraph=lambda: SimpleNamespace(replay=lambda: log.append("replay")),
         graph=lambda graph: within("capture"),
+        get_sync_debug_mode=lambda: 1,
+        set_sync_debug_mode=lambda mode: log.append(f"mode {mode}"),
     )
     monkeypatch.setattr(graph.torch, "cuda", cuda)
     device = torch.device("cuda", 1)
@@ -172,6 +209,10 @@ def test_capture_and_warm_up_keep_to_torchs_rules(monkeypatch) -> None:
         "enter cuda:1", "side waits for main", "enter side", "step", "leave side",
         "main waits for side", "leave cuda:1",
     ]  # fmt: skip
+    log.clear()
+    with pytest.raises(RuntimeError, match="made up"), graph.without_waiting():
+        raise RuntimeError("made up")
+    assert log == ["mode 2", "mode 1"]
     log.clear()
     replay = graph.captured(lambda: log.append("step"), device)
     replay()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import subprocess
@@ -65,3 +66,22 @@ def test_committed_report_holds_the_bar_of_every_format_on_hopper() -> None:
                 assert row["per_weight"] <= 3.2, (version, start, row)
                 assert row["spills"] == 0, (version, start, row)
                 assert not {"I2F", "STS"} & row["loop_counts"].keys(), (version, start, row)
+
+
+def test_committed_report_is_about_the_launches_of_today() -> None:
+    """A launch that the closed form has since changed would be a row that is not there."""
+    spec = importlib.util.spec_from_file_location("aot", ROOT / "benchmarks/aot.py")
+    assert spec is not None
+    assert spec.loader is not None
+    aot = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(aot)
+    names = {
+        f"sm_{arch} {config.name()}"
+        for arch in (80, 89, 90, 100)
+        for config in (*aot.small(arch), *aot.variants(arch))
+    }
+    assert len(names) > 100
+    for version, rows in json.loads(REPORT.read_text()).items():
+        assert names <= rows.keys(), (version, names - rows.keys())
+        others = rows.keys() - names
+        assert all("dequantize" in name for name in others), (version, others)

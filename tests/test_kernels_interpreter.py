@@ -62,6 +62,17 @@ def test_kernel_in_the_interpreter(rows: dict[str, dict], name: str) -> None:
     judge(rows[name])
 
 
+def test_the_other_formats_in_the_interpreter() -> None:
+    """With those above: all of (bits, group, symmetry, dtype), split along K, with padding."""
+    rows = interpret("formats")
+    assert len({row["name"] for row in rows}) == 4 * 4 * 2 * 2 - 4 * 4
+    for row in rows:
+        assert row["error"] <= 2 * row["dense"], row
+        assert row["error_float32"] < (1.1 * row["dense"] if row["group"] == 32 else 1e-6), row
+        assert row["counters_zero"], row
+        assert row["dequantize"], row
+
+
 @pytest.mark.parametrize("name", ["experts", "experts-split"])
 def test_grouped_kernel_in_the_interpreter(name: str) -> None:
     (row,) = interpret("experts", name)

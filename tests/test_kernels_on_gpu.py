@@ -38,11 +38,17 @@ def test_dry_run_checks_and_measures(tmp_path: Path) -> None:
     assert all(row["ok"] for row in report["rows"] if "ok" in row)
     times = {(row["name"], row["dtype"]) for row in report["rows"] if row["kind"] == "time"}
     assert times >= {(n, d) for n in ("ours", "dense") for d in ("bfloat16", "float16")}
+    stored = {(r["group"], r["symmetric"]) for r in report["rows"] if r["kind"] == "time"}
+    assert stored == {(128, True), (128, False), (64, True), (32, True), (-1, True)}
+    agreed = [row["distance"] for row in report["rows"] if row["kind"] == "agreement"]
+    assert agreed
+    assert max(agreed) < 0.01
     decoded = [row for row in report["rows"] if row["kind"] == "decode"]
     assert [(row["name"], row["batch"]) for row in decoded] == [
         ("packed", 1), ("packed", 2), ("dense", 1), ("dense", 2),
     ]  # fmt: skip
     assert all(row["shape"] == "tiny" and row["decode_tokens_per_s"] > 0 for row in decoded)
+    assert [bool(row["backends"]) for row in decoded] == [True, True, False, False]
     (page,) = run("kernels.py", out)
     assert "64 x 128" in page
     assert "no result" not in page
@@ -126,6 +132,16 @@ def test_sections_fit_into_one_call(on_gpu) -> None:
     assert sum(on_gpu.SECTIONS[name].seconds for name in names[:4]) < 9 * 60
 
 
+def test_what_the_aims_are_about_is_decoded_first(on_gpu) -> None:
+    """The packed model both ways and the dense one, before a second minute of compiling."""
+    gpu_decode = importlib.import_module("gpu_decode")
+    todo = gpu_decode.order((1, 16), dry=False)
+    assert len(set(todo)) == len(todo) == 8
+    assert next(t for t in todo if t[1] == "compiled graph") == ("packed", "compiled graph", 1)
+    assert {t[0] for t in todo[:5]} == {"packed", "dense"}
+    assert sum(t[1] == "compiled graph" for t in todo[:5]) == 1
+
+
 def test_a_row_that_fails_is_a_row(tmp_path: Path, on_gpu, monkeypatch) -> None:
     from llmq_kernels import plan
 
@@ -145,7 +161,7 @@ def test_a_row_that_fails_is_a_row(tmp_path: Path, on_gpu, monkeypatch) -> None:
     gpu_checks.operator_checks(report, device)
     gpu_times.times(report, device, gpu, [(64, 128)], (1, 2), 1.0)
     failed = [(r["kind"], r.get("ok")) for r in report.rows if "made up" in r.get("error", "")]
-    assert failed == [("check", False)] * 2 + [("operator", False)] + [("time", None)] * 2
+    assert failed == [("check", False)] * 2 + [("operator", False), ("time", None)]
     assert sum(row.get("ok") is True for row in report.rows) == 3  # the other operators
     assert [r["name"] for r in report.rows if "us" in r] == ["dense", "dense"]
 
@@ -158,10 +174,12 @@ def run(script: str, *arguments: Path) -> list[str]:
 
 def made_up(tmp_path: Path) -> Path:
     """A report of no machine: numbers chosen so that tables can be checked by eye."""
-    shape = {"group": 128, "dtype": "bfloat16"}
+    shape = {"group": 128, "dtype": "bfloat16", "symmetric": True}
     large, small = {"N": 57344, "K": 8192} | shape, {"N": 4096, "K": 4096} | shape
     rows: list[dict] = [
-        {"kind": "check", "bits": 4, "ok": True},
+        {"kind": "check", "bits": 4, "ok": True, "batch_invariant": True},
+        {"kind": "agreement", "name": "marlin", "distance": float("nan")} | shape,
+        {"kind": "agreement", "name": "tinygemm", "distance": 0.003} | shape,
         {"kind": "operator", "what": "made up", "ok": False},
         {"kind": "bandwidth", "gb_per_s": 4000.0},
     ]
@@ -205,6 +223,9 @@ def test_tables_of_made_up_numbers(tmp_path: Path) -> None:
     assert "| 4096 x 4096 | 1 | 9.00 | 4.00 | 3.00 |" in page
     assert "tinygemm is faster: 4096 x 4096, M=16" in page
     assert '- no result: {"kind": "time", "name": "marlin"' in page
+    assert "In 1 of 1 checks the first row of x had the same bits" in page
+    assert page.count("computes something else") == 1
+    assert '- computes something else: {"kind": "agreement", "name": "marlin"' in page
 
 
 def test_charts_of_made_up_numbers(tmp_path: Path) -> None:

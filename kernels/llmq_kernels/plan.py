@@ -54,7 +54,7 @@ def choose(gpu: Gpu, bits: int, group_size: int, N: int, K: int, M: int) -> Plan
     if M > FUSED_LIMIT or not fits(K):
         return None
     bucket = next(b for b in M_BUCKETS if b >= M)
-    tuned = _table(gpu.name).get(f"{bits}/{group_size}/{N}/{K}/{bucket}")
+    tuned = _table(gpu.name, gpu.capability).get(f"{bits}/{group_size}/{N}/{K}/{bucket}")
     if tuned is not None:
         return None if tuned == "dense" else Plan(**tuned)
     return closed_form(gpu, bits, group_size, N, K, M)
@@ -112,7 +112,8 @@ def shared_bytes(capability: tuple[int, int]) -> int:
 
 
 @functools.cache
-def _table(name: str) -> dict:
+def _table(name: str, capability: tuple[int, int]) -> dict:
     """Tuned launches of one GPU model, by `bits/group/N/K/M bucket`; empty if there are none."""
     path = TUNED / f"{name.replace(' ', '_')}.json"
-    return json.loads(path.read_text())["plans"] if path.is_file() else {}
+    table = json.loads(path.read_text()) if path.is_file() else {}
+    return table["plans"] if table.get("capability") == list(capability) else {}

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 Call = Callable[[], object]
+WARM = 0.1  # seconds of replays before any counts: an idle GPU takes a while to raise its clock
 
 
 def microseconds(calls: Sequence[Call], *, device: torch.device, replays: int = 20) -> float:
@@ -36,7 +37,10 @@ def microseconds(calls: Sequence[Call], *, device: torch.device, replays: int = 
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    graph.replay()
+    end = time.monotonic() + WARM
+    while time.monotonic() < end:
+        graph.replay()
+        torch.cuda.synchronize()
     times = []
     for _ in range(replays):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -49,5 +53,5 @@ def microseconds(calls: Sequence[Call], *, device: torch.device, replays: int = 
 
 
 def copies(bytes_each: int, cache_bytes: int) -> int:
-    """How many distinct weights it takes to cover the cache four times over, at most 50."""
-    return max(2, min(50, -(-4 * cache_bytes // bytes_each)))
+    """How many distinct weights it takes to cover the cache four times over, at most 200."""
+    return max(2, min(200, -(-4 * cache_bytes // bytes_each)))

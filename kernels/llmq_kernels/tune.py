@@ -16,6 +16,7 @@ import random
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ SHAPES = (
     "4096x4096", "6144x4096", "28672x4096", "4096x14336", "8192x8192", "10240x8192",
     "57344x8192", "8192x28672",
 )  # fmt: skip
+DENSE_FROM = 64  # rows from which dequantizing and a dense product are worth trying
 
 
 def candidates(gpu: Gpu, bits: int, group_size: int, N: int, K: int, M: int) -> list[Plan]:
@@ -73,33 +75,46 @@ def random_weight(
 
 
 def clones(weight: PackedWeight, count: int) -> list[PackedWeight]:
-    """The same weight at different addresses."""
-    return [weight, *(replace(weight, qweight=weight.qweight.clone()) for _ in range(count - 1))]
+    """The same weight at different addresses, scales and zero points too, so that all is cold."""
+    return [weight, *(_clone(weight) for _ in range(count - 1))]
+
+
+def _clone(weight: PackedWeight) -> PackedWeight:
+    zero = None if weight.zero is None else weight.zero.clone()
+    return replace(weight, qweight=weight.qweight.clone(), scale=weight.scale.clone(), zero=zero)
 
 
 def tune(
     gpu: Gpu, weights: list[PackedWeight], M: int, dtype: torch.dtype
-) -> Iterator[tuple[int, int, Plan, float]]:
-    """Try every candidate for one shape: (number tried, number of them, plan, microseconds)."""
+) -> Iterator[tuple[int, int, Plan | None, float]]:
+    """Try every candidate for one shape: (number tried, number of them, plan, microseconds).
+
+    With many rows, one of them is None: dequantize, then a dense product.
+    """
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources
-
-    from . import launch
 
     N, K = weights[0].shape
     device = weights[0].qweight.device
     x = torch.randn(M, K, device=device).to(dtype)
     plans = candidates(gpu, weights[0].bits, weights[0].group_size, N, K, M)
-    for i, plan in enumerate(plans, start=1):
-        calls = [lambda w=w, p=plan: launch.linear(x, w, None, p) for w in weights]
+    todo = [plans[0], *[None] * (M >= DENSE_FROM), *plans[1:]]
+    for i, plan in enumerate(todo, start=1):
+        calls = [partial(_product, x, weight, plan) for weight in weights]
         try:
-            yield i, len(plans), plan, microseconds(calls, device=device)
+            yield i, len(todo), plan, microseconds(calls, device=device)
         except (OutOfResources, CompilationError):
-            yield i, len(plans), plan, float("inf")
+            yield i, len(todo), plan, float("inf")
 
 
-def save(gpu: Gpu, plans: dict[str, dict], folder: Path = TUNED) -> Path:
-    """Merge launches into the GPU's table."""
+def _product(x: torch.Tensor, weight: PackedWeight, plan: Plan | None) -> torch.Tensor:
+    from . import launch
+
+    return ops.dense(x, weight, None) if plan is None else launch.linear(x, weight, None, plan)
+
+
+def save(gpu: Gpu, plans: dict[str, dict | str], folder: Path = TUNED) -> Path:
+    """Merge launches into the GPU's table; "dense" stands for the dense product."""
     import triton
 
     path = folder / f"{gpu.name.replace(' ', '_')}.json"
@@ -150,8 +165,9 @@ def main() -> int:
                 sys.stderr.write(f"\r{shape} M={M:<4} [{done:30}] {i}/{total}  {fastest:8.1f} us ")
                 sys.stderr.flush()
             sys.stderr.write("\n")
-            if best is not None:
-                found[f"{options.bits}/{options.group}/{N}/{K}/{M}"] = best._asdict()
+            if fastest < float("inf"):
+                key = f"{options.bits}/{options.group}/{N}/{K}/{M}"
+                found[key] = "dense" if best is None else best._asdict()
         sys.stderr.write(f"wrote {save(gpu, found)}\n")
     return 0
 
