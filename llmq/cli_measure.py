@@ -59,7 +59,11 @@ def evaluate(
     from llmq import measure
 
     if tasks is not None:
-        scores = measure.evaluate_tasks(model, tasks.split(","), limit=limit, device=device)
+        if record or adapter is not None:
+            raise typer.BadParameter("not with --tasks.", param_hint="--record, --adapter")
+        scores = measure.evaluate_tasks(
+            model, tasks.split(","), limit=limit, reference=reference, device=device
+        )
         _show_tasks(console, scores)
         finish({"tasks": scores}, as_json)
         return
@@ -82,16 +86,26 @@ def evaluate(
 
 
 def _show_tasks(console: Any, scores: dict[str, dict[str, Any]]) -> None:
-    """Scores of lm_eval with their standard errors."""
+    """Scores of lm_eval with their standard errors, and paired differences to a reference."""
     from llmq.report import table, with_error
 
-    rows = [
-        (task, metric, with_error(value, values.get(f"{metric}_stderr"), 4), str(values["n"]))
-        for task, values in scores.items()
-        for metric, value in values.items()
-        if metric != "n" and not metric.endswith("_stderr")
-    ]
+    beside = ("_stderr", "_reference", "_difference", "_difference_95")
+    rows, paired = [], []
+    for task, values in scores.items():
+        for metric, value in values.items():
+            if metric == "n" or metric.endswith(beside):
+                continue
+            error = values.get(f"{metric}_stderr")
+            rows.append((task, metric, with_error(value, error, 4), str(values["n"])))
+            if f"{metric}_difference" in values:
+                change = values[f"{metric}_difference"]
+                low, high = values.get(f"{metric}_difference_95", (change, change))
+                was = f"{values[f'{metric}_reference']:.4f}"
+                paired.append((task, metric, was, f"{change:+.4f}", f"{low:+.4f} to {high:+.4f}"))
     console.print(table("", ["task", "metric", "value", "examples"], rows))
+    if paired:
+        heads = ["task", "metric", "reference", "difference", "95% (bootstrap)"]
+        console.print(table("Example by example", heads, paired))
 
 
 def show(console: Any, found: Any) -> None:

@@ -190,9 +190,11 @@ def why_not(model: PreTrainedModel, mode: Mode) -> str | None:
 
 def _refused(error: RuntimeError) -> str | None:
     """What is wrong with a model whose step raised this; None: the error is about other things."""
+    from torch._dynamo.exc import TorchDynamoException  # slow to import, and seldom wanted
+
     if "synchronizing CUDA operation" in str(error):
         found = "waits for the GPU, which a CUDA graph cannot do"
-    elif isinstance(error, torch._dynamo.exc.TorchDynamoException):
+    elif isinstance(error, TorchDynamoException):
         found = "cannot be compiled by torch"
     else:
         return None

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llmq.errors import CalibrationError, MissingPackageError
+from llmq.evaluate import bootstrap_interval
 
 
 def check_installed() -> None:
@@ -25,20 +29,25 @@ def run_tasks(
     tokenizer: Any,
     tasks: Sequence[str],
     *,
+    reference: Any = None,
     limit: int | None = None,
     task_folder: str | Path | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Scores of each task, as the harness computes them.
+    """Scores of each task, as the harness computes them, and how far they are from another model's.
 
     Args:
         model: a causal language model of transformers, packed or not.
         tokenizer: its tokenizer.
         tasks: names, such as "lambada_openai" or "hellaswag".
+        reference: the full-precision model, with the same tokenizer, or None.
         limit: examples per task, from the start; None = all. Scores of a part say little.
         task_folder: more task definitions (YAML).
 
     Returns:
-        task -> {"n": examples, metric: value, metric + "_stderr": its standard error, ...}.
+        task -> {"n": examples, metric: value, metric + "_stderr": its standard error, ...}. With a
+        reference, of every metric that is a mean over examples: metric + "_reference", and
+        "_difference", the mean over examples of this model's score less the reference's, its
+        "_difference_stderr" and "_difference_95" (bootstrap over examples).
 
     Raises:
         MissingPackageError: lm_eval is not installed.
@@ -56,20 +65,69 @@ def run_tasks(
         raise CalibrationError(
             f"lm_eval has no task {', '.join(unknown)}. `lm_eval ls tasks` lists them."
         )
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
-    found = lm_eval.simple_evaluate(
-        model=wrapped,
-        tasks=list(tasks),
-        limit=limit,
-        task_manager=manager,
-        bootstrap_iters=1000,
-    )
-    assert found is not None
+
+    def scored(which: Any) -> Any:
+        wrapped = HFLM(pretrained=which, tokenizer=tokenizer, batch_size=1)
+        found = lm_eval.simple_evaluate(
+            model=wrapped,
+            tasks=list(tasks),
+            limit=limit,
+            task_manager=manager,
+            bootstrap_iters=1000,
+        )
+        assert found is not None
+        return found
+
+    found = scored(model)
     counts = found.get("n-samples", {})
-    return {
+    scores = {
         name: _plain(values) | {"n": counts.get(name, {}).get("effective")}
         for name, values in found["results"].items()
     }
+    if reference is not None:
+        full = scored(reference)
+        for name in scores.keys() & found["samples"].keys():  # groups of tasks have no samples
+            own, others = found["samples"][name], full["samples"][name]
+            scores[name] |= paired(found["results"][name], own, others)
+    return scores
+
+
+def paired(
+    results: Mapping[str, Any],
+    own: Sequence[Mapping[str, Any]],
+    full: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Differences example by example, see `run_tasks`.
+
+    Args:
+        results: of one task, "metric,filter" -> value.
+        own, full: the harness' samples of that task, from the model and from the reference.
+    """
+    found: dict[str, Any] = {}
+    for key, value in results.items():
+        if not isinstance(value, int | float):  # a name, or an error that is not known
+            continue
+        metric, _, chosen = key.partition(",")
+        mine, others = (
+            {
+                s["doc_id"]: float(s[metric])
+                for s in samples
+                if s["filter"] == chosen and isinstance(s.get(metric), int | float)
+            }
+            for samples in (own, full)
+        )
+        # Perplexities and the like are no means over examples.
+        mean = sum(mine.values()) / len(mine) if mine else math.nan
+        if mine.keys() != others.keys() or not math.isclose(mean, value, abs_tol=1e-9):
+            continue
+        change = torch.tensor([mine[i] - others[i] for i in mine], dtype=torch.float64)
+        name = key.removesuffix(",none")
+        found[f"{name}_reference"] = sum(others.values()) / len(others)
+        found[f"{name}_difference"] = float(change.mean())
+        if len(change) > 1:
+            found[f"{name}_difference_stderr"] = float(change.std()) / math.sqrt(len(change))
+            found[f"{name}_difference_95"] = bootstrap_interval(change)
+    return found
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

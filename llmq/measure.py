@@ -106,6 +106,7 @@ def evaluate_tasks(
     tasks: Sequence[str],
     *,
     limit: int | None = None,
+    reference: str | os.PathLike[str] | None = None,
     device: str = "auto",
 ) -> dict[str, dict[str, Any]]:
     """Scores of tasks of lm-evaluation-harness, see `llmq.harness.run_tasks`.
@@ -113,12 +114,14 @@ def evaluate_tasks(
     Args:
         model: folder or Hub name, quantized or not.
         tasks, limit: see there.
+        reference: the full-precision model, for differences example by example, or None.
         device: "auto" = the GPU if there is one.
     """
-    name = check_path(model)
+    name, where = check_path(model), pick_device(device)
     check_installed()
-    loaded = open_model(name, pick_device(device))
-    return run_tasks(loaded, open_tokenizer(name), tasks, limit=limit)
+    full = None if reference is None else _opened(reference, where)
+    loaded = open_model(name, where)
+    return run_tasks(loaded, open_tokenizer(name), tasks, reference=full, limit=limit)
 
 
 def _check_record(name: str | None, adapter: str | os.PathLike[str] | None) -> None:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from zoo import tiny_model, tiny_tokenizer
 
 from llmq.errors import CalibrationError, MissingPackageError
-from llmq.harness import run_tasks
+from llmq.harness import paired, run_tasks
 
 INSTALLED = importlib.util.find_spec("lm_eval") is not None
 ROWS = [
@@ -66,5 +66,33 @@ def test_a_local_task_scores_as_a_plain_loop_does(tmp_path) -> None:
     assert found["tiny_choice"]["acc"] == pytest.approx(right / 3)
     assert found["tiny_choice"]["n"] == 3
     assert "acc_stderr" in found["tiny_choice"]
+    assert "acc_difference" not in found["tiny_choice"]
+    found = run_tasks(model, tokenizer, ["tiny_choice"], reference=model, task_folder=tmp_path)[
+        "tiny_choice"
+    ]
+    assert found["acc_reference"] == found["acc"]
+    assert (found["acc_difference"], found["acc_difference_95"]) == (0, (0, 0))
     with pytest.raises(CalibrationError, match="no task nonsense"):
         run_tasks(model, tokenizer, ["nonsense"])
+
+
+def test_differences_are_taken_example_by_example() -> None:
+    def samples(scores: list[float], shift: int = 0) -> list[dict]:
+        return [
+            {"doc_id": i + shift, "filter": "none", "acc": s, "ppl": s, "pair": (s, 1)}
+            for i, s in enumerate(scores)
+        ]
+
+    own, full = samples([1, 0, 1, 1] * 25), samples([1, 1, 1, 0] * 24 + [1, 0, 1, 1])
+    results = {"acc,none": 0.75, "acc_stderr,none": 0.04, "ppl,none": 9.0, "pair,none": 1.0}
+    found = paired(results, own, full[::-1])
+    assert found.keys() == {f"acc_{k}" for k in ("reference", "difference")} | {
+        f"acc_difference_{k}" for k in ("stderr", "95")
+    }
+    assert found["acc_reference"] == 0.75
+    assert found["acc_difference"] == 0
+    # 24 examples won, 24 lost, 52 the same
+    assert found["acc_difference_stderr"] == pytest.approx((48 / 99) ** 0.5 / 10)
+    low, high = found["acc_difference_95"]
+    assert -0.2 < low < 0 < high < 0.2
+    assert paired(results, own, samples([1] * 100, shift=1)) == {}  # other examples

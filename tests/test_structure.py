@@ -15,7 +15,6 @@ LEVELS = [
     {
         "allocate",
         "operations",
-        "harness",
         "scheme",
         "markup",
         "formats.bits",
@@ -51,7 +50,7 @@ LEVELS = [
     {"recipe"},
     {"blockwise"},
     {"quantize", "evaluate", "hf.skeleton", "hf.names", "protocols"},
-    {"hf.rounding", "ladder", "hf.foreign", "engines", "outlook"},
+    {"hf.rounding", "ladder", "harness", "hf.foreign", "engines", "outlook"},
     {"hf.quantizer"},
     {"hf.loading", "hf.saving"},
     {"hf.outline", "hf.streaming"},
