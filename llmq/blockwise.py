@@ -196,10 +196,10 @@ def _solve_pieces(
     if not pieces:
         return found
     H = problem.H
-    matrices = {p.name: _matrix(view, p.name, p.expert) for p in pieces}
-    targets = {n: problem.target(W.to(H.device)) for n, W in matrices.items()}
+    matrices = {p.name: _matrix(view, p.name, p.expert).to(H.device) for p in pieces}
+    targets = problem.targets(matrices)
     moment = problem.moment()
-    del problem  # what targets are made of may be as large as what solving takes
+    del problem, matrices  # what targets are made of may be as large as what solving takes
     for scheme in dict.fromkeys(schemes[piece.name] for piece in pieces):
         own = [piece for piece in pieces if schemes[piece.name] == scheme]
         start = time.perf_counter()

@@ -17,9 +17,8 @@ chosen per linear from a small set that holds 0, by the error on batches that we
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -54,9 +53,9 @@ class Problem:
         """Whether no input was NaN or infinite."""
         return bool(self.H.diagonal().isfinite().all())
 
-    def target(self, W: Tensor) -> Tensor:
-        """The matrix (N, K) to round, in the dtype of W (N, K)."""
-        return W
+    def targets(self, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Per W (N, K) the matrix to round, of the same shape and dtype."""
+        return dict(matrices)
 
     def moment(self) -> Tensor:
         """H as a solver should take it."""
@@ -107,16 +106,16 @@ class Drift:
         pull = W.float() @ self.D
         return (pull if self.R is None else pull + self.R) / max(self.inputs.count, 1)
 
-    def shift(self, W: Tensor) -> Tensor:
-        """`pull` (H + lambda I)^-1: all of the way from W to W*, float32 (N, K)."""
-        L = self._factor
-        half = torch.linalg.solve_triangular(L, self.pull(W).double().T, upper=False)
-        return torch.linalg.solve_triangular(L.T, half, upper=True).T.float()
-
-    @cached_property
-    def _factor(self) -> Tensor:
+    def factor(self) -> Tensor:
+        """Lower L, float64 (K, K), with L L^T = H + lambda I."""
         H = self.inputs.mean()
         return cholesky(alive(H), damping(self.inputs.count, len(H)))
+
+
+def shift(L: Tensor, pull: Tensor) -> Tensor:
+    """pull (L L^T)^-1: all of the way from W to W*, float32 (N, K)."""
+    half = torch.linalg.solve_triangular(L, pull.double().T, upper=False)
+    return torch.linalg.solve_triangular(L.T, half, upper=True).T.float()
 
 
 def _roots(rows: Tensor) -> Tensor:
@@ -131,7 +130,7 @@ class Matching(Problem):
     """Round W so that its output is nearest to what the full-precision model has in this place.
 
     Attributes:
-        fit: the drift on the tokens that fit W*.
+        fit: the drift on the tokens that W* is fitted to while that is judged.
         judge: the drift on held-out tokens, which choose how far to go.
     """
 
@@ -159,9 +158,21 @@ class Matching(Problem):
         H.diagonal().add_(extra * H.diagonal().mean())
         return H
 
-    def target(self, W: Tensor) -> Tensor:
-        shift = self.fit.shift(W)
-        return (W.float() + self.share(W, shift) * shift).to(W.dtype)
+    def targets(self, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """On tokens that were held out it is judged how far to go; then all tokens tell where."""
+        L = self.fit.factor()
+        shares = {n: self.share(W, shift(L, self.fit.pull(W))) for n, W in matrices.items()}
+        del L
+        L = cholesky(alive(self.H), damping(self.tokens, len(self.H)))
+        return {
+            n: (W.float() + shares[n] * shift(L, self.pull(W))).to(W.dtype) if shares[n] else W
+            for n, W in matrices.items()
+        }
+
+    def pull(self, W: Tensor) -> Tensor:
+        """Of all tokens."""
+        part = self.fit.inputs.count / self.tokens
+        return part * self.fit.pull(W) + (1 - part) * self.judge.pull(W)
 
     def share(self, W: Tensor, shift: Tensor) -> float:
         """The share of `shift` with the smallest error on held-out tokens."""

@@ -13,7 +13,7 @@ from llmq import demo
 from llmq.adapters import as_linears
 from llmq.blocks import decoder_blocks, linears, record_calls, run_block
 from llmq.errors import NonFiniteError
-from llmq.objective import MOST, Drift, Matching, damping
+from llmq.objective import MOST, Drift, Matching, damping, shift
 from llmq.quantize import Recipe, quantize
 from llmq.residual import enters_a_sum, reads_and_sums
 from llmq.solvers.descent import Polished
@@ -75,7 +75,7 @@ def test_the_full_target_is_least_squares_on_the_tokens():
     x, full_x, h, full_h = (t.double() for t in data)
     W = torch.randn(N, K, generator=torch.Generator().manual_seed(1))
     drift = drift_of(data, 0, 4000)
-    got = W + drift.shift(W)
+    got = W + shift(drift.factor(), drift.pull(W))
     wanted = full_x @ W.double().T + full_h - h
     # Damping pulls towards W: rows sqrt(lambda) I with the answer W.
     H = x.T @ x / len(x)
@@ -93,25 +93,37 @@ def test_never_worse_on_held_out_tokens(seed, tokens, moved):
     data = streams(seed, tokens, K, N, moved)
     W = torch.randn(N, K, generator=torch.Generator().manual_seed(seed))
     problem = matching(data, tokens * 3 // 4)
-    shift = problem.fit.shift(W)
-    share = problem.share(W, shift)
+    share = problem.share(W, shift(problem.fit.factor(), problem.fit.pull(W)))
     x, full_x, h, full_h = (t[tokens * 3 // 4 :].double() for t in data)
 
     def error(W_new: Tensor) -> float:
         missed = full_x @ W.double().T + full_h - h - x @ W_new.double().T
         return float(missed.square().sum())
 
-    found = error(problem.target(W))
+    found = error(problem.targets({"W": W})["W"])
     assert found <= error(W)
     if moved == 0.3:
         assert share == 0.75
         assert found < 0.9 * error(W)
 
 
+def test_all_tokens_tell_where_to_go():
+    K, N = 24, 5
+    data = streams(1, 2000, K, N, 0.3)
+    W = torch.randn(N, K, generator=torch.Generator().manual_seed(1))
+    problem = matching(data, 1500)
+    share = problem.share(W, shift(problem.fit.factor(), problem.fit.pull(W)))
+    whole = drift_of(data, 0, 2000)
+    wanted = W + share * shift(whole.factor(), whole.pull(W))
+    got = problem.targets({"W": W, "V": 2 * W})
+    assert (got["W"] - wanted).norm() < 2e-3 * (wanted - W).norm()  # tokens are weighted per batch
+    assert (got["V"] - got["W"]).norm() > 0.5 * W.norm()
+
+
 def test_streams_that_agree_leave_the_weights_alone():
     x, _, h, _ = streams(0, 500, 24, 5, 0.0)
     W = torch.randn(5, 24).half()
-    target = matching((x, x, h, h), 400).target(W)
+    target = matching((x, x, h, h), 400).targets({"W": W})["W"]
     assert target.dtype == W.dtype
     assert torch.equal(target, W)
 
