@@ -99,13 +99,13 @@ class Watched(Streamed):
         with self.watch.counted():
             return super().streams(count)
 
-    def close(self, *block: Any) -> None:
+    def close(self, index: int, block: nn.Module, solved: Any, reports: Any) -> None:
         with self.watch.counted():
-            super().close(*block)
+            super().close(index, block, solved, reports)
 
-    def _write_block(self, *block: Any) -> dict[str, Any]:
+    def _write_block(self, index: int, block: nn.Module, solved: Any) -> dict[str, Any]:
         with self.watch.counted(-1):
-            return super()._write_block(*block)
+            return super()._write_block(index, block, solved)
 
 
 class WatchedGate(Gate):
@@ -113,9 +113,9 @@ class WatchedGate(Gate):
 
     watch: Stopwatch
 
-    def step(self, *block: Any) -> None:
+    def step(self, index: int, block: nn.Module, solved: Any, states: Any) -> None:
         with self.watch.counted(-1):
-            super().step(*block)
+            super().step(index, block, solved, states)
 
 
 def child(source: str, out: str, journal: bool, method: str, samples: int, seq_len: int) -> None:

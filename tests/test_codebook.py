@@ -4,6 +4,7 @@ import json
 from itertools import combinations
 from pathlib import Path
 from statistics import NormalDist
+from typing import Any
 
 import pytest
 import torch
@@ -228,6 +229,7 @@ def test_the_layer_multiplies_by_the_matrix_and_learns_through_it():
     layer = CodebookLinear.from_quantized(q, torch.randn(6))
     x = torch.randn(2, 3, 64, requires_grad=True)
     y = layer(x)
+    assert layer.bias is not None
     torch.testing.assert_close(y, x @ q.dequantize().T + layer.bias)
     y.sum().backward()
     torch.testing.assert_close(x.grad, q.dequantize().sum(0).expand_as(x))
@@ -244,13 +246,13 @@ def test_quantized_saved_and_loaded_logits_are_bit_identical(name, tmp_path):
     assert all(0 < report.error < 0.5 for report in reports)
     want = model(input_ids=ids).logits
     hf.save(model, tmp_path / "packed")
-    loaded = llmq.load(tmp_path / "packed", dtype="auto")
+    loaded: Any = llmq.load(tmp_path / "packed", dtype="auto")
     assert any(isinstance(module, CodebookLinear) for module in loaded.modules())
     assert torch.equal(loaded(input_ids=ids).logits, want)
     loaded.save_pretrained(tmp_path / "again")
-    assert torch.equal(llmq.load(tmp_path / "again", dtype="auto")(input_ids=ids).logits, want)
-    dense = llmq.load(tmp_path / "packed", dtype="auto").dequantize()
-    assert torch.equal(dense(input_ids=ids).logits, want)
+    again: Any = llmq.load(tmp_path / "again", dtype="auto")
+    assert torch.equal(again(input_ids=ids).logits, want)
+    assert torch.equal(loaded.dequantize()(input_ids=ids).logits, want)
 
 
 def test_the_command_line_and_everything_after_it(model, text, run, tmp_path):

@@ -158,6 +158,7 @@ def test_desc_act_is_loaded_in_its_order(name, tmp_path):
             assert torch.equal(packed.dequantize(), replace(q, scale=q.scale.float()).dequantize())
             target.weight.data = packed.dequantize()
             continue
+        assert isinstance(packed, PackedExperts)
         for index in range(packed.num_experts):
             for stack, layer in zip(
                 ("gate_up_proj", "down_proj"), packed.expert(index), strict=True

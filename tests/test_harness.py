@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def test_a_local_task_scores_as_a_plain_loop_does(tmp_path) -> None:
 
 
 def test_differences_are_taken_example_by_example() -> None:
-    def samples(scores: list[float], shift: int = 0) -> list[dict]:
+    def samples(scores: Sequence[float], shift: int = 0) -> list[dict]:
         return [
             {"doc_id": i + shift, "filter": "none", "acc": s, "ppl": s, "pair": (s, 1)}
             for i, s in enumerate(scores)
