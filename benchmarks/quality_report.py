@@ -60,7 +60,7 @@ def setting(row: Row) -> tuple[Any, ...]:
 
 
 def summary(rows: list[Row]) -> dict[str, Any]:
-    """Geometric means of every contender, and llmq's ratios to its peers."""
+    """Geometric means of every contender, and what llmq is held against."""
     return {
         "means": _means(rows),
         "ratios": [found for bar in BARS for found in _ratios(rows, *bar)],
@@ -70,12 +70,13 @@ def summary(rows: list[Row]) -> dict[str, Any]:
 
 
 def _means(rows: list[Row]) -> list[dict[str, Any]]:
-    found = []
-    for bits, name in dict.fromkeys((row["bits"], row["name"]) for row in rows):
-        own = [row for row in rows if (row["bits"], row["name"]) == (bits, name)]
+    """Of every contender over the texts of a model: models differ too much to be mixed here."""
+    found, of = [], ("model", "bits", "name")
+    for group in dict.fromkeys(tuple(row[key] for key in of) for row in rows):
+        own = [row for row in rows if tuple(row[key] for key in of) == group]
         keys = ("kl", "seconds", "cpu_seconds")
         means = {key: mean(row[key] for row in own) for key in keys}
-        found.append({"bits": bits, "name": name, "settings": len(own), **means})
+        found.append({**dict(zip(of, group, strict=True)), "settings": len(own), **means})
     return found
 
 
@@ -142,9 +143,9 @@ def _predictions(rows: list[Row]) -> list[dict[str, Any]]:
 
 def show(found: dict[str, Any]) -> None:
     """Print a summary."""
-    for row in sorted(found["means"], key=lambda row: (-row["bits"], row["kl"])):
+    for row in sorted(found["means"], key=lambda row: (row["model"], -row["bits"], row["kl"])):
         print(
-            f"{row['bits']:<4g}{row['name']:<32}KL {row['kl']:8.5f}  wall {row['seconds']:7.1f} s  "
+            f"{row['model']:<14}{row['bits']:<4g}{row['name']:<32}KL {row['kl']:8.5f}  wall {row['seconds']:7.1f} s  "
             f"CPU {row['cpu_seconds']:7.1f} s  over {row['settings']} settings"
         )
     for row in found["ratios"]:
