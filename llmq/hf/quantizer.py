@@ -168,7 +168,10 @@ class LlmqQuantizer(HfQuantizer):
             attach(model)
         return model
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        if isinstance(dtype, str):  # as transformers 5.17 leaves it in a config that was saved
+            dtype = getattr(torch, dtype)
+        assert dtype is None or isinstance(dtype, torch.dtype)
         for name, module in list(packed_modules(model)):
             if isinstance(module, PackedExperts):
                 raise SchemeError(f"{name}: stacked experts cannot be dequantized in place.")
