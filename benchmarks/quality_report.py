@@ -145,8 +145,9 @@ def show(found: dict[str, Any]) -> None:
     """Print a summary."""
     for row in sorted(found["means"], key=lambda row: (row["model"], -row["bits"], row["kl"])):
         print(
-            f"{row['model']:<14}{row['bits']:<4g}{row['name']:<32}KL {row['kl']:8.5f}  wall {row['seconds']:7.1f} s  "
-            f"CPU {row['cpu_seconds']:7.1f} s  over {row['settings']} settings"
+            f"{row['model']:<14}{row['bits']:<4g}{row['name']:<32}KL {row['kl']:8.5f}  "
+            f"wall {row['seconds']:7.1f} s  CPU {row['cpu_seconds']:7.1f} s  "
+            f"over {row['settings']} settings"
         )
     for row in found["ratios"]:
         words = f"{row['name']} at {row['bits']:g} bits / best of {', '.join(row['against'])}"

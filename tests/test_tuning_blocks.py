@@ -23,7 +23,6 @@ from llmq.tuning import ScaleTuning
 from llmq.tuning_blocks import BlockTuning, tune_block
 
 QUICK = BlockTuning(steps=12, rate=0.02, every=4)
-COARSE = BlockTuning(steps=12, rate=0.05, every=4)  # as 2 bits need it
 Solved = dict[str, list[QuantizedWeight]]
 Case = tuple[nn.Module, Solved, list[Tensor], list[Call], list[Tensor]]
 
@@ -106,11 +105,11 @@ def test_one_batch_leaves_nothing_to_judge_by():
 def test_in_the_flow():
     """The next block reads what the tuned one returns; threads do not matter."""
     model: Any = tiny_model("llama", dtype=torch.bfloat16).eval()
-    recipe = Recipe(QuantScheme(2, 32), RTN(), match=True)
+    recipe = Recipe(QuantScheme(4, 32), RTN(), match=True)
     threads = torch.get_num_threads()
     found = []
     try:
-        for count, block in ((1, None), (1, COARSE), (2, COARSE)):
+        for count, block in ((1, None), (1, QUICK), (2, QUICK)):
             torch.set_num_threads(count)
             result = copy.deepcopy(model)
             tuned = Recipe(recipe.scheme, recipe.solver, match=True, block=block)
