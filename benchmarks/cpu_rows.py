@@ -4,7 +4,7 @@
 
 Both ways run in turns in one process, for every shape and number of rows; a row of the result
 holds the median of the seconds of each way and their ratio. `CpuInt4.max_rows` and
-`max_rows_of_8_bits` follow from it. The matrices of one shape rotate, so that weights come from
+`max_rows_of_two` follow from it. The matrices of one shape rotate, so that weights come from
 memory as they do in a model.
 """
 
@@ -23,7 +23,7 @@ from environment import environment
 
 from llmq.backends import CPU_INT4, TORCH
 from llmq.nn import PackedLinear
-from llmq.scheme import QuantizedWeight, QuantScheme
+from llmq.scheme import BITS, QuantizedWeight, QuantScheme
 
 SHAPES = ((576, 1536), (1536, 576), (2048, 2048), (4096, 4096))  # (N, K)
 ROWS = (1, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
@@ -32,7 +32,7 @@ ROTATING = 64 << 20  # bytes of packed weights of one shape
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 8], choices=[2, 3, 4, 8])
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 8], choices=BITS)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -57,7 +57,7 @@ def layer(N: int, K: int, scheme: QuantScheme) -> PackedLinear:
 def compare(layers: list[PackedLinear], rows: int, repeats: int) -> dict[str, float]:
     """Median seconds of one product, either way."""
     x = torch.randn(rows, layers[0].in_features).bfloat16()
-    kernel = replace(CPU_INT4, max_rows=rows, max_rows_of_8_bits=rows)
+    kernel = replace(CPU_INT4, max_rows=rows, max_rows_of_two=rows)
     seconds: dict[str, list[float]] = {"kernel": [], "dense": []}
     for i in range(repeats + 1):
         one = layers[i % len(layers)]

@@ -81,7 +81,7 @@ def quantize(
         quality: "fast", "balanced" (the default) or "best", see `llmq.ladder`.
         method: instead of a quality, "rtn", "gptq", "awq" or "awq+gptq".
         bits, group_size, symmetric: the number format, see `QuantScheme`. Bits that are no whole
-            number are an average: layers get 2, 3, 4 or 8, see `sensitivity`.
+            number are an average: layers get 2, 3, 4, 5, 6 or 8, see `sensitivity`.
         mixed: `bits` is an average even if it is a whole number.
         target_size: instead of bits, what the files of weights may take: bytes, or "500MB".
         widths: that an average is made of; engines other than llmq read 4 and 8.
@@ -246,7 +246,7 @@ def sensitivity(
     join: str = "documents",
     bos: bool | None = None,
 ) -> list[Sensitivity]:
-    """What rounding each layer to 2, 3, 4 or 8 bits is predicted to cost the whole model.
+    """What rounding each layer to 2, 3, 4, 5, 6 or 8 bits is predicted to cost the whole model.
 
     One backward pass over 32 windows at most, with the whole model on `device`.
 

@@ -139,6 +139,7 @@ class CpuInt4:
 
         2, 3 bits   codes are shifted per group so that the zero point is 8: offset 0, exact
         4 bits      offset = (8 - zero) * scale
+        5, 6 bits   codes are shifted so that the zero point is 128, then as 8 bits
         8 bits      two 4-bit matrices side by side, code = 16 * high + low, times x beside x
 
     Only bfloat16 has a vectorised kernel (the float32 and float16 ones run at 0.4 GFLOP/s), and
@@ -147,10 +148,10 @@ class CpuInt4:
     """
 
     name: str = "cpu-int4"
-    # The kernel is faster up to about 64 rows, with 8 bits up to 16 (benchmarks/cpu_rows.py). From
-    # 33 rows on, prompts get the very numbers of a dense layer instead.
+    # The kernel is faster up to about 64 rows, with two matrices up to 16 (benchmarks/cpu_rows.py).
+    # From 33 rows on, prompts get the very numbers of a dense layer instead.
     max_rows: int = 32
-    max_rows_of_8_bits: int = 16
+    max_rows_of_two: int = 16
 
     def why_not(self, layer: Layer) -> str | None:
         N, K, scheme = layer.out_features, layer.in_features, layer.scheme
@@ -175,13 +176,14 @@ class CpuInt4:
         q = layer.quantized()
         repeats = (layer.in_features // q.scale.shape[1]) // (self._width(layer) or 1)
         scale, zero = q.scale.float(), q.zero.float()
-        codes = q.codes.unflatten(1, (scale.shape[1], -1))  # (N, K/G, G)
-        if layer.scheme.bits < 4:
+        codes, bits = q.codes.unflatten(1, (scale.shape[1], -1)), layer.scheme.bits  # (N, K/G, G)
+        if bits < 4:
             codes = codes + 8 - q.zero.unsqueeze(-1)
             offset = torch.zeros_like(scale)
         else:
             offset = (8 - zero) * scale
-        if layer.scheme.bits == 8:
+        if bits > 4:
+            codes = codes + 128 - q.zero.unsqueeze(-1)
             codes = torch.cat((codes >> 4, codes & 15), dim=1)
             scale, offset = torch.cat((16 * scale, scale), 1), torch.cat((0 * scale, 8 * scale), 1)
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.flatten(1).int(), 1)
@@ -190,10 +192,11 @@ class CpuInt4:
 
     def matmul(self, x: Tensor, layer: Layer) -> Tensor:
         rows = x.flatten(0, -2)  # (M, K)
-        most = self.max_rows_of_8_bits if layer.scheme.bits == 8 else self.max_rows
+        two = layer.scheme.bits > 4
+        most = self.max_rows_of_two if two else self.max_rows
         if x.dtype is not torch.bfloat16 or rows.shape[0] > most:
             return TORCH.matmul(x, layer)
-        if layer.scheme.bits == 8:
+        if two:
             rows = torch.cat((rows, rows), dim=1)
         packed, grid = layer.prepared
         width = rows.shape[1] // grid.shape[0]
@@ -214,6 +217,8 @@ class Triton(Holder):
     """The kernels of `llmq_kernels` (their README has layout and contract), for NVIDIA GPUs.
 
     bfloat16 and float16 activations; many rows are dequantized in slabs and multiplied densely.
+    Codes of 5 and 6 bits are held in 8.
+
     Before the first layer of each format, `check` runs a tiny problem through the kernels: where
     they do not compile or do not compute what the reference does, `why_not` says so.
     """
@@ -250,7 +255,7 @@ class Triton(Holder):
                 "kernels compute in bfloat16 or float16; load it with dtype=torch.bfloat16."
             )
         scheme, dtype = layer.scheme, layer.weight_scale.dtype
-        return self.check(device, scheme.bits, scheme.group_size, scheme.symmetric, dtype)
+        return self.check(device, held_bits(scheme), scheme.group_size, scheme.symmetric, dtype)
 
     def why_not_stacked(self, layer: Layer) -> str | None:
         """`why_not` of stacked experts such as `layer`, for `stack` and `matmul_stacked`."""
@@ -267,9 +272,10 @@ class Triton(Holder):
         return ops.linear_experts(x, stacked, chosen)
 
     def _pack(self, layer: Layer) -> layout.PackedWeight:
-        q, scheme = layer.quantized(), layer.scheme
+        q, scheme, bits = layer.quantized(), layer.scheme, held_bits(layer.scheme)
         zero = None if scheme.symmetric else q.zero
-        return layout.pack(q.codes, q.scale, zero, bits=scheme.bits, group_size=scheme.group_size)
+        codes = q.codes + _lift(scheme)
+        return layout.pack(codes, q.scale, zero, bits=bits, group_size=scheme.group_size)
 
     def prepare(self, layer: Layer) -> tuple[Tensor, ...]:
         return tensors_of(self._pack(layer))
@@ -282,7 +288,7 @@ class Triton(Holder):
             scale,
             zero[0] if zero else None,
             counters,
-            layer.scheme.bits,
+            held_bits(layer.scheme),
             layer.scheme.group_size,
             (layer.out_features, layer.in_features),
         )
@@ -295,10 +301,20 @@ class Triton(Holder):
         codes, scale, zero = layout.unpack(self.weight(layer))
         if zero is None:
             zero = torch.full_like(scale, layer.scheme.middle, dtype=torch.uint8)
-        return QuantizedWeight(layer.scheme, codes, scale, zero)
+        return QuantizedWeight(layer.scheme, codes - _lift(layer.scheme), scale, zero)
 
     def dense(self, layer: Layer, dtype: torch.dtype) -> Tensor:
         return ops.dequantize(self.weight(layer), layer.weight_scale.dtype).to(dtype)
+
+
+def held_bits(scheme: QuantScheme) -> int:
+    """Bits of a code in the layout of the kernels."""
+    return scheme.bits if scheme.bits in layout.BITS else 8
+
+
+def _lift(scheme: QuantScheme) -> int:
+    """What is added to codes, so that zero is where kernels think it is if it is not stored."""
+    return 2 ** (held_bits(scheme) - 1) - scheme.middle if scheme.symmetric else 0
 
 
 def tensors_of(weight: layout.PackedWeight) -> tuple[Tensor, ...]:

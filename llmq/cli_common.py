@@ -51,7 +51,7 @@ AnyModel = Annotated[str, typer.Argument(help="Quantized or not: folder or Hub n
 Original = Annotated[str, typer.Argument(help="Full-precision model: folder or Hub name.")]
 NewFolder = Annotated[Path, typer.Argument(help="Folder to create.")]
 Bits = Annotated[
-    float, typer.Option(help="8, 4, 3 or 2 bits per weight; between them, an average.")
+    float, typer.Option(help="8, 6, 5, 4, 3 or 2 bits per weight; between them, an average.")
 ]
 Mixed = Annotated[bool, typer.Option("--mixed", help="Bits are an average even if a whole number.")]
 GroupSize = Annotated[

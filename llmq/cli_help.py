@@ -21,7 +21,7 @@ QUANTIZE = (
     "Smaller groups lose less and cost more: 4 symmetric bits in groups of 128 take 4.13 bits "
     "per weight, "
     "in groups of 32 4.50. "
-    "An average such as 3.5 gives every layer 2, 3, 4 or 8 bits by what it loses "
+    "An average such as 3.5 gives every layer 2 to 8 bits by what it loses "
     "(llmq sensitivity shows it); the whole model must then fit into memory.\n\n"
     "[bold]Which text?[/bold] Text like that which the model will see, 65,000 tokens or more; "
     "never the text you evaluate on.\n\n"
@@ -47,7 +47,7 @@ PLAN = (
 SENSITIVITY = (
     "Say which layers must keep more bits.\n\n"
     "For every group of layers that engines fuse: the predicted KL to the full-precision model if "
-    "only these were rounded, at 2, 3, 4 and 8 bits, from one backward pass over a little text; "
+    "only these were rounded, at 2 to 8 bits, from one backward pass over a little text; "
     "and the widths that lose least at an average of --bits, which is what llmq quantize "
     "--bits 3.5 uses. The whole model must fit into memory.\n\n"
     "[bold]Example[/bold]\n\n"

@@ -233,8 +233,8 @@ def _notes(
         yield "what is not quantized is in float16, norms and biases in float32"
     else:
         yield f"embeddings, and the head if it is not quantized, are rounded to {embeddings}"
-    if "Q4_1" in counts:
-        yield "Q4_1 rounds -zero * scale to float16: weights move by 2**-11 of that at most"
+    for kind in counts.keys() & {"Q4_1", "Q5_1"}:
+        yield f"{kind} rounds -zero * scale to float16: weights move by 2**-11 of that at most"
     if changed := [change for change in lost.matrices if change]:
         yield (
             f"K-quants rounded the scales of {len(changed)} matrices, which moved by "
@@ -245,3 +245,5 @@ def _notes(
         yield f"llama.cpp attends beyond the sliding window of {window} tokens"
     if "Q4_0" in counts and any(scheme.bits < 4 for scheme in opened.schemes.values()):
         yield "2 and 3 bits are stored in blocks of 4 bits: exact, but no smaller"
+    if "Q8_0" in counts and any(scheme.bits == 6 for scheme in opened.schemes.values()):
+        yield "6 bits are stored in blocks of 8 bits: exact, but no smaller"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llmq.errors import SchemeError
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128, -1)
 
 
@@ -25,7 +25,7 @@ class QuantScheme:
     """How one weight matrix is stored.
 
     Args:
-        bits: 2, 3, 4 or 8 bits per code.
+        bits: 2, 3, 4, 5, 6 or 8 bits per code.
         group_size: weights along the input dimension that share one scale: 32, 64, 128, or
             -1 for one group per row.
         symmetric: the zero point is fixed at 2**(bits - 1) and not stored.

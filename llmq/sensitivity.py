@@ -36,11 +36,11 @@ from llmq.blocks import (
     shared_input_groups,
 )
 from llmq.errors import NonFiniteError, SchemeError
-from llmq.scheme import QuantScheme
+from llmq.scheme import BITS, QuantScheme
 from llmq.solvers.descent import Polished, row_errors
 from llmq.solvers.gptq import GPTQ
 
-WIDTHS = (2, 3, 4, 8)
+WIDTHS = BITS
 PROBE = 32  # tokens with which it is observed which linears read one tensor
 # The ladder's solver, without what takes long and changes the order of layers little.
 SOLVER = Polished(GPTQ(), sweeps=2)
@@ -73,7 +73,7 @@ def sensitivities(
         model: a causal language model in float32 or bfloat16; not changed, but for its parameters
             no longer requiring gradients.
         batches: token ids, int64 (B, T) each; activations of one are kept for a backward pass.
-        group_size, symmetric: of the number formats to try, at 2, 3, 4 and 8 bits.
+        group_size, symmetric: of the number formats to try, at every number of `WIDTHS`.
         seed: of the labels that are drawn.
 
     Raises:

@@ -48,7 +48,7 @@ class Tunable(nn.Module):
         super().__init__()
         q = layer.quantized()
         groups = q.codes.unflatten(1, (q.scale.shape[1], -1)).to(torch.int16)
-        narrow = torch.int16 if q.scheme.bits == 8 else torch.int8
+        narrow = torch.int16 if q.scheme.bits > 7 else torch.int8
         # Attributes, not buffers: nothing that casts or moves the model may touch them.
         self.centred = (groups - q.zero.unsqueeze(-1)).flatten(1).to(narrow)
         self.start = q.scale.float()

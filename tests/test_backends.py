@@ -114,7 +114,7 @@ def test_other_dtypes_and_many_rows_take_the_dense_path():
         assert torch.equal(y, TORCH.matmul(x, layer))
     eight = packed(QuantScheme(8, 64, True), 48, 256)
     eight.prepare("cpu-int4")
-    x = inputs(CPU_INT4.max_rows_of_8_bits + 1, 256)
+    x = inputs(CPU_INT4.max_rows_of_two + 1, 256)
     assert torch.equal(eight(x), TORCH.matmul(x, eight))
 
 

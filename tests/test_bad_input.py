@@ -74,7 +74,7 @@ def test_a_group_that_does_not_divide_lists_layers_and_what_would(refused, model
 
 
 def test_number_formats_that_do_not_exist(refused, model, text) -> None:
-    assert "bits=5: use one of 2, 3, 4, 8" in refused(model, "--bits", "5")
+    assert "bits=7: use one of 2, 3, 4, 5, 6, 8" in refused(model, "--bits", "7")
     assert "group_size=96: use one of" in refused(model, "--group-size", "96")
     assert "nothing is left to quantize" in refused(model, "--calibration", text, "--skip", "*")
 

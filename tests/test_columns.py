@@ -11,7 +11,7 @@ from llmq.errors import FormatError, SchemeError
 from llmq.formats import awq, columns, compressed_tensors as ct, gptq
 from llmq.scheme import BITS, GROUP_SIZES, QuantizedWeight, QuantScheme
 
-SCHEMES = [QuantScheme(b, g, s) for b in BITS for g in GROUP_SIZES for s in (True, False)]
+SCHEMES = [QuantScheme(b, g, s) for b in gptq.BITS for g in GROUP_SIZES for s in (True, False)]
 
 
 def random_weight(scheme, N, K, dtype=torch.bfloat16, seed=0):
@@ -77,7 +77,7 @@ def assert_same(left: QuantizedWeight, right: QuantizedWeight) -> None:
 
 
 @pytest.mark.parametrize("version", [1, 2])
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", gptq.BITS)
 def test_gptq_packs_as_a_plain_loop_does(bits, version):
     q = random_weight(QuantScheme(bits, 32, symmetric=version == 1), 32, 64)
     tensors = gptq.write("m", q, version)
@@ -143,7 +143,7 @@ def test_the_same_weights_in_every_layout_that_holds_them(scheme, rows, groups, 
     assert torch.equal(gptq.read_zeros("m", gptq.write("m", q, version), scheme, version), q.zero)
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", gptq.BITS)
 def test_version_1_wraps_zeros_and_is_refused_where_readers_disagree(bits):
     q = random_weight(QuantScheme(bits, 32, False), 32, 32)
     with pytest.raises(SchemeError, match="zero points of 0"):
@@ -327,3 +327,10 @@ def test_awq_config():
 def test_configs_of_layouts_that_are_not_read(layout, changes, message):
     with pytest.raises(FormatError, match=message):
         layout.parse_config(layout.config({"x": A}, []) | changes)
+
+
+@pytest.mark.parametrize("bits", sorted(set(BITS) - set(gptq.BITS)))
+def test_widths_that_gptq_stores_otherwise_are_refused(bits):
+    scheme = QuantScheme(bits, 32, True)
+    assert gptq.why_not(scheme, 32, 32) == f"GPTQ layouts hold 2, 3, 4, 8 bits, not {bits}"
+    assert awq.why_not(scheme, 32, 32) == f"AWQ holds 4 bits, not {bits}"

@@ -185,7 +185,7 @@ GROUP = ("config_groups", "group_0")
         ((*GROUP, "weights", "type"), "float", "type='float'"),
         ((*GROUP, "weights", "dynamic"), True, "dynamic=True"),
         ((*GROUP, "weights", "strategy"), "tensor", "strategy='tensor'"),
-        ((*GROUP, "weights", "num_bits"), 5, "bits=5"),
+        ((*GROUP, "weights", "num_bits"), 7, "bits=7"),
         ((*GROUP, "weights", "group_size"), 16, "group_size=16"),
         ((*GROUP, "weights", "actorder"), "group", "actorder='group'"),
     ],

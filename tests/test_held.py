@@ -46,7 +46,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     )
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("group", [32, 64, 128, -1])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_a_layer_is_rebuilt_bit_for_bit(on_gpu, bits: int, group: int, symmetric: bool) -> None:

@@ -27,7 +27,7 @@ def layers() -> list[PackedLinear]:
     dense = nn.Linear(128, 70, dtype=torch.bfloat16)
     return [
         PackedLinear.from_linear(dense, QuantScheme(bits, group, symmetric))
-        for bits in (2, 3, 4, 8)
+        for bits in (2, 3, 4, 5, 6, 8)
         for group in (32, 64, 128, -1)
         for symmetric in (True, False)
     ]

@@ -51,7 +51,7 @@ def lora(**options: Any) -> peft.LoraConfig:
     return peft.LoraConfig(r=4, task_type="CAUSAL_LM", **options)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("backend", ["torch", pytest.param("cpu-int4", marks=needs_kernel)])
 @pytest.mark.parametrize("rows", [1, 3, 50])
 def test_gradients_equal_those_of_the_dense_layer(bits, backend, rows) -> None:

@@ -85,7 +85,7 @@ def test_bits_per_weight():
     assert QuantScheme(8, -1, symmetric=True).bits_per_weight(1024) == 8 + 16 / 1024
 
 
-@pytest.mark.parametrize("wrong", [{"bits": 5}, {"bits": 0}, {"group_size": 48}, {"group_size": 0}])
+@pytest.mark.parametrize("wrong", [{"bits": 7}, {"bits": 0}, {"group_size": 48}, {"group_size": 0}])
 def test_unknown_schemes_are_refused(wrong):
     with pytest.raises(SchemeError, match="use one of"):
         QuantScheme(**wrong)

@@ -17,7 +17,7 @@ from llmq.solvers.rtn import RTN
 
 SEEDS = st.integers(0, 10**6)
 SCHEMES = st.builds(
-    QuantScheme, st.sampled_from([2, 3, 4, 8]), st.sampled_from([32, 64, -1]), st.booleans()
+    QuantScheme, st.sampled_from([2, 3, 4, 5, 6, 8]), st.sampled_from([32, 64, -1]), st.booleans()
 )
 
 

@@ -17,7 +17,12 @@ from llmq.formats.bits import pack_bits
 from llmq.verify import CHECKSUMS, check, seal, unpack
 
 
-@given(st.sampled_from([2, 3, 4, 8]), st.integers(1, 5), st.integers(1, 70), st.integers(0, 10**6))
+@given(
+    st.sampled_from([2, 3, 4, 5, 6, 8]),
+    st.integers(1, 5),
+    st.integers(1, 70),
+    st.integers(0, 10**6),
+)
 def test_unpacks_what_is_packed(bits, rows, columns, seed):
     codes = np.random.default_rng(seed).integers(0, 2**bits, (rows, columns), dtype=np.uint8)
     packed = pack_bits(torch.from_numpy(codes), bits).numpy()

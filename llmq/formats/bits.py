@@ -1,7 +1,7 @@
-"""Codes of 2, 3, 4 and 8 bits in 32-bit words: one dense little-endian bit stream.
+"""Codes of 2 to 8 bits in 32-bit words: one dense little-endian bit stream.
 
-Code i occupies bits [i * bits, (i + 1) * bits), whatever word they fall into; only 3-bit codes ever
-straddle two words.
+Code i occupies bits [i * bits, (i + 1) * bits), whatever word they fall into; codes of 3, 5 and 6
+bits may straddle two words.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def pack_bits(codes: Tensor, bits: int, dim: int = -1) -> Tensor:
 
     Args:
         codes: integer tensor, values 0..2**bits - 1.
-        bits: 2, 3, 4 or 8.
+        bits: 2 to 8.
         dim: the dimension to pack; its size n becomes ceil(n * bits / 32).
 
     Returns:
@@ -54,7 +54,7 @@ def unpack_bits(packed: Tensor, bits: int, size: int, dim: int = -1) -> Tensor:
 
     Args:
         packed: int32.
-        bits: 2, 3, 4 or 8.
+        bits: 2 to 8.
         size: the number of codes along `dim`.
         dim: the packed dimension.
 

@@ -4,10 +4,13 @@
 
     Q4_0   fp16 d, 16 bytes: byte j holds weight j (low half) and j + 16    w = d * (code - 8)
     Q4_1   fp16 d, fp16 m, 16 bytes likewise                                w = d * code + m
+    Q5_0   fp16 d, 4 bytes: bit j is the fifth of weight j, then as Q4_0    w = d * (code - 16)
+    Q5_1   fp16 d, fp16 m, 4 bytes, 16 bytes likewise                       w = d * code + m
     Q8_0   fp16 d, 32 int8                                                  w = d * code
 
-A group of 64, 128 or a row repeats its scale. Q4_0 holds 2, 3 and symmetric 4 bits exactly, Q8_0
-symmetric 8 bits; Q4_1 holds asymmetric 4 bits up to the rounding of m = -zero * d to fp16.
+A group of 64, 128 or a row repeats its scale. Q4_0 holds 2, 3 and symmetric 4 bits exactly, Q5_0
+symmetric 5 bits, Q8_0 6 and symmetric 8 bits; Q4_1 and Q5_1 hold asymmetric 4 and 5 bits up to the
+rounding of m = -zero * d to fp16.
 Smaller blocks, whose scales are rounded, are in `kquants`. Layouts: ggml-common.h of llama.cpp.
 """
 
@@ -25,11 +28,13 @@ from llmq.formats.columns import half_scales
 from llmq.scheme import QuantizedWeight, QuantScheme
 
 WIDTH = 32  # weights per plain block
-BlockType = Literal["Q4_0", "Q4_1", "Q8_0"] | kquants.Kind
+BlockType = Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"] | kquants.Kind
 # type -> (weights, bytes) of a block
 BLOCKS: dict[BlockType, tuple[int, int]] = {
     "Q4_0": (WIDTH, 18),
     "Q4_1": (WIDTH, 20),
+    "Q5_0": (WIDTH, 22),
+    "Q5_1": (WIDTH, 24),
     "Q8_0": (WIDTH, 34),
     **{kind: (kquants.WIDTH, size) for kind, size in kquants.BYTES.items()},
 }
@@ -56,8 +61,10 @@ def block_type(scheme: QuantScheme, K: int, k_quants: bool = False) -> BlockType
     smaller = _SMALLER.get((scheme.bits, scheme.symmetric))
     if k_quants and smaller and K % kquants.WIDTH == 0:
         return smaller
-    if scheme.bits == 8:
+    if scheme.bits > 5:
         return "Q8_0"
+    if scheme.bits == 5:
+        return "Q5_0" if scheme.symmetric else "Q5_1"
     return "Q4_1" if scheme.bits == 4 and not scheme.symmetric else "Q4_0"
 
 
@@ -88,12 +95,16 @@ def blocks(q: QuantizedWeight, kind: BlockType) -> tuple[np.ndarray, float]:
     codes = q.codes.unflatten(1, (-1, WIDTH))  # (N, K/32, 32)
     parts = [_bytes(scale)]
     if kind == "Q8_0":
-        parts.append((codes.short() - q.scheme.middle).to(torch.int8).view(torch.uint8))
+        parts.append((codes.short() - zero.unsqueeze(-1)).to(torch.int8).view(torch.uint8))
     else:
-        if kind == "Q4_1":
+        if kind in ("Q4_1", "Q5_1"):
             parts.append(_bytes(-(zero.float() * scale.float()).half()))
-        else:  # codes of 2 and 3 bits move so that their zero is 8
+        elif kind == "Q4_0":  # codes of 2 and 3 bits move so that their zero is 8
             codes = codes + 8 - zero.unsqueeze(-1)
+        if kind in ("Q5_0", "Q5_1"):
+            eight = torch.arange(8, dtype=torch.uint8)
+            parts.append(((codes >> 4).unflatten(-1, (4, 8)) << eight).sum(-1, dtype=torch.uint8))
+            codes = codes & 15
         parts.append(codes[..., :16] | codes[..., 16:] << 4)
     return torch.cat(parts, -1).flatten(1).numpy(), 0.0
 

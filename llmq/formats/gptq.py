@@ -33,10 +33,13 @@ from llmq.scheme import QuantizedWeight, QuantScheme
 METHOD = "gptq"
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 _VERSIONS = {"gptq": 1, "gptq_v2": 2}
+BITS = (2, 3, 4, 8)  # other widths are cut into bit planes, in layouts of their own
 
 
 def why_not(scheme: QuantScheme, N: int, K: int) -> str | None:
     """None if this layout holds a matrix (N, K) in `scheme`, else the reason."""
+    if scheme.bits not in BITS:
+        return f"GPTQ layouts hold {', '.join(map(str, BITS))} bits, not {scheme.bits}"
     if any(size * scheme.bits % 32 for size in (N, K)):
         return f"{N} x {K} codes of {scheme.bits} bits do not fill whole words of 32 bits"
     return None
@@ -225,9 +228,14 @@ def parse_config(quantization_config: Mapping[str, Any]) -> CheckpointConfig:
     for target, changes in (quantization_config.get("dynamic") or {}).items():
         if target.startswith("-:") or not changes:
             continue
-        scheme = columns.parse_scheme(
-            changes.get("bits", bits), changes.get("group_size", group_size)
-        )
+        scheme = _scheme(changes.get("bits", bits), changes.get("group_size", group_size))
         groups.append((scheme, (f"re:{target.removeprefix('+:')}",)))
-    groups.append((columns.parse_scheme(bits, group_size), ("Linear",)))
+    groups.append((_scheme(bits, group_size), ("Linear",)))
     return CheckpointConfig(tuple(groups), ())
+
+
+def _scheme(bits: Any, group_size: Any) -> QuantScheme:
+    scheme = columns.parse_scheme(bits, group_size)
+    if scheme.bits not in BITS:
+        raise FormatError(f"bits={bits}: llmq reads {', '.join(map(str, BITS))} in GPTQ layouts.")
+    return scheme
