@@ -77,7 +77,7 @@ def quantize(
     ] = None,
     widths: Annotated[
         str, typer.Option(metavar="N,N...", help="What an average is made of; vLLM reads 4,8.")
-    ] = "2,3,4,8",
+    ] = "2,3,4,5,6,8",
     group_size: GroupSize = 128,
     symmetric: Annotated[
         bool,
