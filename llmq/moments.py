@@ -104,6 +104,15 @@ def with_prior(moments: Sequence[tuple[Tensor, int]]) -> list[tuple[Tensor, int]
     return list(moments)
 
 
+def capped(sizes: Tensor, times: float) -> Tensor:
+    """`sizes`, but none above `times` their mean: of tokens, so that a few do not rule a sum.
+
+    Trained models park huge activations on a few tokens, often the first (Sun et al. 2024,
+    arXiv 2402.17762). There may be no sizes at all.
+    """
+    return sizes.minimum(times * sizes.mean())
+
+
 def quadratic(D: Tensor, H: Tensor) -> Tensor:
     """d H d^T for every row d of D (N, K): (N,), in the dtype of D and H.
 

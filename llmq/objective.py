@@ -27,7 +27,7 @@ from llmq import ranks
 from llmq.adapters import RoutedLinear
 from llmq.blocks import inputs_of
 from llmq.calls import Call
-from llmq.moments import SecondMoment, cholesky, second_moments, with_prior
+from llmq.moments import SecondMoment, capped, cholesky, second_moments, with_prior
 from llmq.residual import enters_a_sum, reads_and_sums
 from llmq.solvers.gptq import alive
 
@@ -66,8 +66,7 @@ class Drift:
     """Sums over tokens: of x~ x~^T, of (x - x~) x~^T and, at a sum, of (h - h~) x~^T.
 
     A token whose |x~|^2 is more than `MOST` times that of its batch's mean has the weight at which
-    it is so much. Trained models park huge activations on a few tokens, often the first (Sun et al.
-    2024, arXiv 2402.17762): their errors say little about the model's, and would rule the sums.
+    it is so much: the errors of such tokens say little about the model's, and would rule the sums.
     """
 
     def __init__(self, K: int, device: torch.device | str = "cpu"):
@@ -121,8 +120,8 @@ def shift(L: Tensor, pull: Tensor) -> Tensor:
 def _roots(rows: Tensor) -> Tensor:
     """Square roots of the weights of tokens (T, K), float32 (T, 1)."""
     square = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float32).square()
-    most = (MOST * square.mean()).clamp(min=torch.finfo(square.dtype).tiny)
-    return (most / square.maximum(most)).sqrt()
+    square = square.clamp(min=torch.finfo(square.dtype).tiny)  # 1 for tokens of zeros
+    return (capped(square, MOST) / square).sqrt()
 
 
 @dataclass(frozen=True)

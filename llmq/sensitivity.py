@@ -36,6 +36,7 @@ from llmq.blocks import (
     shared_input_groups,
 )
 from llmq.errors import NonFiniteError, SchemeError
+from llmq.moments import capped
 from llmq.scheme import BITS, QuantScheme
 from llmq.solvers.descent import Polished, row_errors
 from llmq.solvers.gptq import GPTQ
@@ -149,8 +150,7 @@ def _weighted_moments(
 
     def note(name: str, x: Tensor, gradient: Tensor) -> None:
         rows = x.detach().flatten(0, -2).float()
-        weights = gradient.flatten(0, -2).float().square().mean(1)
-        weights = weights.clamp(max=CLIP * float(weights.mean())) if len(weights) else weights
+        weights = capped(gradient.flatten(0, -2).float().square().mean(1), CLIP)
         if name not in moments:
             moments[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
         moments[name].addmm_((rows * weights.unsqueeze(1)).T, rows)
