@@ -25,7 +25,7 @@ LEVELS = [
         "decode",
         "shards",
     },
-    {"codebook"},
+    {"codebook", "formats.parts"},
     {"formats.codebook"},
     {
         "formats.bytewise",

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from llmq.errors import FormatError, SchemeError
-from llmq.formats import columns
+from llmq.formats import columns, parts
 from llmq.formats.bits import pack_bits, unpack_bits
 from llmq.formats.compressed_tensors import CheckpointConfig
 from llmq.scheme import QuantizedWeight, QuantScheme
@@ -63,9 +63,9 @@ def write(name: str, q: QuantizedWeight) -> dict[str, Tensor]:
     if reason:
         raise SchemeError(f"{name or 'weight'}: {reason}.")
     return {
-        columns.key(name, "qweight"): _pack(q.codes.T),
-        columns.key(name, "qzeros"): _pack(q.zero.T),
-        columns.key(name, "scales"): columns.half_scales(q).T.contiguous(),
+        parts.key(name, "qweight"): _pack(q.codes.T),
+        parts.key(name, "qzeros"): _pack(q.zero.T),
+        parts.key(name, "scales"): columns.half_scales(q).T.contiguous(),
     }
 
 
@@ -86,8 +86,8 @@ def read_zeros(name: str, tensors: Mapping[str, Tensor], scheme: QuantScheme) ->
         FormatError: qzeros is missing or of another shape than qweight and `scheme` say.
     """
     N, K = shape(name, columns.shapes_of(name, tensors), scheme)
-    groups = columns.group_count(name, scheme, K)
-    return _unpack(columns.take(name, "qzeros", tensors, (groups, N // 8))).T
+    groups = parts.group_count(name, scheme, K)
+    return _unpack(parts.take(name, "qzeros", tensors, (groups, N // 8))).T
 
 
 def read(name: str, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedWeight:
@@ -103,8 +103,8 @@ def read(name: str, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> Quant
     """
     N, K = shape(name, columns.shapes_of(name, tensors), scheme)
     zero = read_zeros(name, tensors, scheme)
-    packed = columns.take(name, "qweight", tensors, (K, N // 8))
-    scale = columns.take(name, "scales", tensors, (zero.shape[1], N), integer=False).T
+    packed = parts.take(name, "qweight", tensors, (K, N // 8))
+    scale = parts.take(name, "scales", tensors, (zero.shape[1], N), parts.FLOATING).T
     columns.check_symmetric(name, zero, scheme)
     codes = _unpack(packed).T
     return QuantizedWeight(scheme, codes.contiguous(), scale.contiguous(), zero.contiguous())

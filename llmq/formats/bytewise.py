@@ -18,20 +18,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from llmq.errors import FormatError
+from llmq.formats import parts
 from llmq.scheme import QuantizedWeight, QuantScheme
 
 
 def write(name: str, q: QuantizedWeight) -> dict[str, Tensor]:
     """The tensors of the embedding `name` ("" for bare keys), as they go into the file."""
-    prefix = f"{name}." if name else ""
-    tensors = {
-        f"{prefix}weight": _centred(q.codes),
-        f"{prefix}weight_scale": q.scale.contiguous(),
-    }
+    tensors = {"weight": _centred(q.codes), "weight_scale": q.scale.contiguous()}
     if not q.scheme.symmetric:
-        tensors[f"{prefix}weight_zero_point"] = _centred(q.zero)
-    return tensors
+        tensors["weight_zero_point"] = _centred(q.zero)
+    return {parts.key(name, suffix): tensor for suffix, tensor in tensors.items()}
 
 
 def read(name: str, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedWeight:
@@ -40,28 +36,14 @@ def read(name: str, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> Quant
     Raises:
         FormatError: a tensor is missing or its shape or dtype contradicts the others.
     """
-    prefix = f"{name}." if name else ""
-
-    def get(suffix: str, shape: tuple[int, int] | None = None) -> Tensor:
-        found = tensors.get(f"{prefix}{suffix}")
-        if found is None:
-            raise FormatError(f"{prefix}{suffix} is missing: the checkpoint is incomplete.")
-        right = found.is_floating_point() if suffix == "weight_scale" else found.dtype == torch.int8
-        if not right or (shape is not None and tuple(found.shape) != shape):
-            raise FormatError(
-                f"{prefix}{suffix} is {found.dtype} {tuple(found.shape)}, which does not fit "
-                f"{shape or 'int8'} for {scheme}."
-            )
-        return found
-
-    codes = get("weight")
+    codes = parts.take(name, "weight", tensors, None, torch.int8)
     N, K = codes.shape
-    groups = (N, K // scheme.group_width(K))
-    scale = get("weight_scale", groups)
+    groups = (N, parts.group_count(name, scheme, K))
+    scale = parts.take(name, "weight_scale", tensors, groups, parts.FLOATING)
     if scheme.symmetric:
         zero = torch.full_like(scale, scheme.middle, dtype=torch.uint8)
     else:
-        zero = _plain(get("weight_zero_point", groups))
+        zero = _plain(parts.take(name, "weight_zero_point", tensors, groups, torch.int8))
     return QuantizedWeight(scheme, _plain(codes), scale, zero)
 
 

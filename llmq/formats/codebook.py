@@ -24,11 +24,17 @@ from torch import Tensor
 
 from llmq.codebook import CodebookScheme, CodebookWeight, nf4
 from llmq.errors import FormatError, SchemeError
+from llmq.formats import parts
 from llmq.formats.bits import pack_bits, unpack_bits, words
 
 FORMAT = "codebook"
 OWN = ("weight_book", "weight_outlier", "weight_outlier_index")
 SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", *OWN)
+_DTYPES = {  # of those that are no floating point
+    "weight_packed": torch.int32,
+    "weight_shape": torch.int64,
+    "weight_outlier_index": torch.int32,
+}
 
 
 def shapes(scheme: CodebookScheme, N: int, K: int) -> dict[str, tuple[int, ...]]:
@@ -57,8 +63,7 @@ def write(name: str, q: CodebookWeight) -> dict[str, Tensor]:
         "weight_outlier": q.value.contiguous(),
         "weight_outlier_index": q.index.contiguous(),
     }
-    prefix = f"{name}." if name else ""
-    return {f"{prefix}{suffix}": everything[suffix] for suffix in shapes(q.scheme, *q.shape)}
+    return {parts.key(name, suffix): everything[suffix] for suffix in shapes(q.scheme, *q.shape)}
 
 
 def read(name: str, tensors: Mapping[str, Tensor], scheme: CodebookScheme) -> CodebookWeight:
@@ -72,28 +77,16 @@ def read(name: str, tensors: Mapping[str, Tensor], scheme: CodebookScheme) -> Co
     Raises:
         FormatError: a tensor is missing, or its shape, dtype or values contradict the others.
     """
-    prefix = f"{name}." if name else ""
-    key = f"{prefix}weight_shape"
-    if key not in tensors:
-        raise FormatError(f"{key} is missing: the checkpoint is incomplete.")
-    N, K = (int(size) for size in tensors[key].tolist())
-    if not scheme.divides(K):
-        raise FormatError(f"{key}: {K} is not divisible by group_size={scheme.group_size}.")
-    found: dict[str, Tensor] = {}
-    for suffix, shape in shapes(scheme, N, K).items():
-        if f"{prefix}{suffix}" not in tensors:
-            raise FormatError(f"{prefix}{suffix} is missing: the checkpoint is incomplete.")
-        tensor = found[suffix] = tensors[f"{prefix}{suffix}"]
-        integer = suffix not in ("weight_scale", "weight_book", "weight_outlier")
-        if tuple(tensor.shape) != shape or tensor.is_floating_point() == integer:
-            kind = "integer" if integer else "floating point"
-            raise FormatError(
-                f"{prefix}{suffix} is {tensor.dtype} {tuple(tensor.shape)}, expected {kind} "
-                f"{shape} for {scheme}."
-            )
+    N, K = (int(size) for size in parts.find(name, "weight_shape", tensors).tolist())
+    parts.group_count(name, scheme, K)
+    found = {
+        suffix: parts.take(name, suffix, tensors, shape, _DTYPES.get(suffix, parts.FLOATING))
+        for suffix, shape in shapes(scheme, N, K).items()
+    }
     index = found.get("weight_outlier_index")
     if index is not None and not bool(((index >= 0) & (index < K)).all()):
-        raise FormatError(f"{prefix}weight_outlier_index: columns outside 0 to {K - 1}.")
+        where = parts.key(name, "weight_outlier_index")
+        raise FormatError(f"{where}: columns outside 0 to {K - 1}.")
     return unpack(scheme, (N, K), found)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llmq.errors import FormatError, SchemeError
+from llmq.formats import parts
 from llmq.scheme import QuantizedWeight, QuantScheme
 
 V = TypeVar("V")
@@ -55,40 +56,9 @@ def _empty_groups(q: QuantizedWeight) -> Tensor:
     return (codes == q.zero.unsqueeze(-1)).all(-1)
 
 
-def key(name: str, suffix: str) -> str:
-    """The key of a tensor of the module `name` ("" for bare keys)."""
-    return f"{name}.{suffix}" if name else suffix
-
-
-def take(
-    name: str,
-    suffix: str,
-    tensors: Mapping[str, Tensor],
-    expected: tuple[int, ...],
-    integer: bool = True,
-) -> Tensor:
-    """A tensor of the module `name`.
-
-    Raises:
-        FormatError: it is missing, or not int32 (floating point) of the shape `expected`.
-    """
-    where = key(name, suffix)
-    if where not in tensors:
-        raise FormatError(f"{where} is missing: the checkpoint is incomplete.")
-    found = tensors[where]
-    fits = found.dtype is torch.int32 if integer else found.is_floating_point()
-    if not fits or tuple(found.shape) != expected:
-        raise FormatError(
-            f"{where} is {found.dtype} {tuple(found.shape)}, expected "
-            f"{'int32' if integer else 'floating point'} {expected}; config.json and the weights "
-            "disagree."
-        )
-    return found
-
-
 def shapes_of(name: str, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """The shape of the module's qweight, if it is there, as `matrix_shape` takes it."""
-    where = key(name, "qweight")
+    where = parts.key(name, "qweight")
     return {where: tuple(tensors[where].shape)} if where in tensors else {}
 
 
@@ -98,24 +68,10 @@ def matrix_shape(name: str, shapes: Mapping[str, Sequence[int]]) -> tuple[int, i
     Raises:
         FormatError: it is missing or no matrix.
     """
-    found = shapes.get(key(name, "qweight"))
+    found = shapes.get(parts.key(name, "qweight"))
     if found is None or len(found) != 2:
-        raise FormatError(f"{key(name, 'qweight')} is missing or no matrix: {found}.")
+        raise FormatError(f"{parts.key(name, 'qweight')} is missing or no matrix: {found}.")
     return found[0], found[1]
-
-
-def group_count(name: str, scheme: QuantScheme, K: int) -> int:
-    """Groups per row.
-
-    Raises:
-        FormatError: the group size does not divide K.
-    """
-    if K == 0 or not scheme.divides(K):
-        raise FormatError(
-            f"{name or 'weight'}: in_features={K} is not divisible by group_size="
-            f"{scheme.group_size}; config.json and the weights disagree."
-        )
-    return K // scheme.group_width(K)
 
 
 def check_symmetric(name: str, zero: Tensor, scheme: QuantScheme) -> None:
@@ -125,7 +81,8 @@ def check_symmetric(name: str, zero: Tensor, scheme: QuantScheme) -> None:
         FormatError: names the module.
     """
     if scheme.symmetric and not bool((zero == scheme.middle).all()):
-        raise FormatError(f"{key(name, 'qzeros')} is not {scheme.middle} throughout: asymmetric.")
+        where = parts.key(name, "qzeros")
+        raise FormatError(f"{where} is not {scheme.middle} throughout: asymmetric.")
 
 
 def check_method(quantization_config: Mapping[str, Any], method: str) -> None:
@@ -166,10 +123,10 @@ def with_fused(entries: Mapping[str, V]) -> dict[str, V]:
     found = dict(entries)
     for name, value in entries.items():
         parent, _, leaf = name.rpartition(".")
-        for whole, parts in FUSED.items():
-            if leaf == parts[0] and all(
-                f"{parent}.{part}" in entries and entries[f"{parent}.{part}"] == value
-                for part in parts
+        for whole, pieces in FUSED.items():
+            if leaf == pieces[0] and all(
+                f"{parent}.{piece}" in entries and entries[f"{parent}.{piece}"] == value
+                for piece in pieces
             ):
                 found[f"{parent}.{whole}"] = value
     return found

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from llmq.codebook import CodebookScheme
 from llmq.errors import FormatError, SchemeError
-from llmq.formats import codebook
+from llmq.formats import codebook, parts
 from llmq.formats.bits import pack_bits, unpack_bits, words
 from llmq.scheme import QuantizedWeight, QuantScheme
 
@@ -48,16 +48,15 @@ def write(name: str, q: QuantizedWeight) -> dict[str, Tensor]:
             f"{name or 'weight'}: its inputs are ordered by importance, which compressed-tensors "
             "has no place for."
         )
-    prefix = f"{name}." if name else ""
     bits = q.scheme.bits
     tensors = {
-        f"{prefix}weight_packed": pack_bits(q.codes, bits),
-        f"{prefix}weight_scale": q.scale.contiguous(),
-        f"{prefix}weight_shape": torch.tensor(q.shape, dtype=torch.int64),
+        "weight_packed": pack_bits(q.codes, bits),
+        "weight_scale": q.scale.contiguous(),
+        "weight_shape": torch.tensor(q.shape, dtype=torch.int64),
     }
     if not q.scheme.symmetric:
-        tensors[f"{prefix}weight_zero_point"] = pack_bits(q.zero, bits, dim=0)
-    return tensors
+        tensors["weight_zero_point"] = pack_bits(q.zero, bits, dim=0)
+    return {parts.key(name, suffix): tensor for suffix, tensor in tensors.items()}
 
 
 def read(name: str, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedWeight:
@@ -71,35 +70,13 @@ def read(name: str, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> Quant
     Raises:
         FormatError: a tensor is missing or its shape or dtype contradicts the others.
     """
-    prefix = f"{name}." if name else ""
-    where = name or "weight"
-
-    def get(suffix: str) -> Tensor:
-        if f"{prefix}{suffix}" not in tensors:
-            raise FormatError(f"{prefix}{suffix} is missing: the checkpoint is incomplete.")
-        return tensors[f"{prefix}{suffix}"]
-
-    def expect(suffix: str, shape: tuple[int, int]) -> Tensor:
-        found = get(suffix)
-        integer = suffix != "weight_scale"
-        if tuple(found.shape) != shape or (found.dtype is torch.int32) != integer:
-            raise FormatError(
-                f"{prefix}{suffix} is {found.dtype} {tuple(found.shape)}, expected "
-                f"{'int32' if integer else 'floating point'} {shape} for {scheme}."
-            )
-        return found
-
-    N, K = (int(size) for size in get("weight_shape").tolist())
-    if not scheme.divides(K):
-        raise FormatError(
-            f"{where}: in_features={K} is not divisible by group_size={scheme.group_size}."
-        )
-    groups = K // scheme.group_width(K)
-    packed = expect("weight_packed", (N, words(K, scheme.bits)))
-    scale = expect("weight_scale", (N, groups))
-    zero = (
-        None if scheme.symmetric else expect("weight_zero_point", (words(N, scheme.bits), groups))
-    )
+    N, K = (int(size) for size in parts.find(name, "weight_shape", tensors).tolist())
+    groups = parts.group_count(name, scheme, K)
+    packed = parts.take(name, "weight_packed", tensors, (N, words(K, scheme.bits)))
+    scale = parts.take(name, "weight_scale", tensors, (N, groups), parts.FLOATING)
+    zero = None
+    if not scheme.symmetric:
+        zero = parts.take(name, "weight_zero_point", tensors, (words(N, scheme.bits), groups))
     return unpack(scheme, (N, K), packed, scale, zero)
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from llmq.errors import FormatError, SchemeError
-from llmq.formats import columns
+from llmq.formats import columns, parts
 from llmq.formats.bits import pack_bits, unpack_bits, words
 from llmq.formats.compressed_tensors import CheckpointConfig
 from llmq.scheme import QuantizedWeight, QuantScheme
@@ -77,7 +77,7 @@ def write(name: str, q: QuantizedWeight, version: int = 1) -> dict[str, Tensor]:
         "scales": columns.half_scales(q).T.contiguous(),
         "g_idx": groups.to(torch.int32),
     }
-    return {f"{name}.{key}" if name else key: value for key, value in tensors.items()}
+    return {parts.key(name, suffix): tensor for suffix, tensor in tensors.items()}
 
 
 def shape(name: str, shapes: Mapping[str, Sequence[int]], scheme: QuantScheme) -> tuple[int, int]:
@@ -99,8 +99,8 @@ def read_zeros(
         FormatError: qzeros is missing or of another shape than qweight and `scheme` say.
     """
     N, K = shape(name, columns.shapes_of(name, tensors), scheme)
-    groups = columns.group_count(name, scheme, K)
-    packed = columns.take(name, "qzeros", tensors, (groups, words(N, scheme.bits)))
+    groups = parts.group_count(name, scheme, K)
+    packed = parts.take(name, "qzeros", tensors, (groups, words(N, scheme.bits)))
     zero = unpack_bits(packed, scheme.bits, N, dim=1).T
     return (zero + (2 - version)) & scheme.qmax
 
@@ -121,13 +121,13 @@ def read(
     """
     N, K = shape(name, columns.shapes_of(name, tensors), scheme)
     zero = read_zeros(name, tensors, scheme, version)
-    packed = columns.take(name, "qweight", tensors, (words(K, scheme.bits), N))
-    scale = columns.take(name, "scales", tensors, (zero.shape[1], N), integer=False).T
+    packed = parts.take(name, "qweight", tensors, (words(K, scheme.bits), N))
+    scale = parts.take(name, "scales", tensors, (zero.shape[1], N), parts.FLOATING).T
     columns.check_symmetric(name, zero, scheme)
     codes = unpack_bits(packed, scheme.bits, K, dim=0).T
     order = None
-    if columns.key(name, "g_idx") in tensors:
-        g_idx = columns.take(name, "g_idx", tensors, (K,)).long()
+    if parts.key(name, "g_idx") in tensors:
+        g_idx = parts.take(name, "g_idx", tensors, (K,)).long()
         if is_ordered(name, g_idx, scheme):
             order = g_idx.argsort(stable=True)
             codes = codes[:, order]
@@ -152,14 +152,14 @@ def is_ordered(name: str, g_idx: Tensor, scheme: QuantScheme) -> bool:
     blocks = g_idx.view(-1, width)
     if int(g_idx.min()) < 0 or int(g_idx.max()) >= len(blocks):
         raise FormatError(
-            f"{columns.key(name, 'g_idx')} names groups {int(g_idx.min())} to "
+            f"{parts.key(name, 'g_idx')} names groups {int(g_idx.min())} to "
             f"{int(g_idx.max())}, but there are {len(blocks)}."
         )
     if bool((blocks == blocks[:, :1]).all()):
         return False
     if not bool((torch.bincount(g_idx, minlength=len(blocks)) == width).all()):
         raise FormatError(
-            f"{columns.key(name, 'g_idx')}: groups of different sizes; {scheme} means {width} "
+            f"{parts.key(name, 'g_idx')}: groups of different sizes; {scheme} means {width} "
             "inputs in each."
         )
     return True
