@@ -13,6 +13,9 @@ from pathlib import Path
 # Before anything reads them: colours and widths of help, and a proxy in front of the fake Hub.
 os.environ.update(GITHUB_ACTIONS="", FORCE_COLOR="", PY_COLORS="", TTY_COMPATIBLE="")
 os.environ.update(NO_PROXY="127.0.0.1,localhost", no_proxy="127.0.0.1,localhost")
+# The same on every machine: "auto" is the CPU, here and in processes that tests start. What needs a
+# GPU is checked by benchmarks/on_gpu.py.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import hypothesis
 import numpy as np

@@ -170,8 +170,7 @@ def test_a_quality_and_a_method_at_once(refused, model, text) -> None:
 
 def test_a_device_that_is_not_there(refused, model, text) -> None:
     assert "cannot be used" in refused(model, "--calibration", text, "--device", "nonsense")
-    if not torch.cuda.is_available():
-        assert "cannot be used" in refused(model, "--calibration", text, "--device", "cuda")
+    assert "cannot be used" in refused(model, "--calibration", text, "--device", "cuda")
 
 
 def test_eval_and_generate_name_their_mistakes(run, model, text, tmp_path) -> None:
