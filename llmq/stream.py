@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, MutableSequence, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +32,7 @@ from llmq.journal import Workplace
 from llmq.output import writing
 from llmq.report import layer_entry
 from llmq.scheme import QuantizedWeight, QuantScheme
+from llmq.states import States
 from llmq.store import LayerReport, pack
 from llmq.verify import check_exact, check_part
 
@@ -227,63 +227,6 @@ class Streamed:
         """Scheme of every packed matrix or stack of experts in the finished blocks."""
         reports = [_report(e) for block in self._work.journal.blocks for e in block["layers"]]
         return {stack_name(report.name): report.scheme for report in reports}
-
-
-class States(MutableSequence[Tensor]):
-    """Hidden states in files, one file per batch, mapped into memory while they are used.
-
-    Attributes:
-        entries: per batch its file and what is in it, as a journal keeps it.
-        boundary: how many blocks the states have gone through that are written from now on; a
-            part of their files' names, so that those of the last boundary are still there.
-    """
-
-    def __init__(self, folder: Path, number: int, entries: Sequence[dict[str, Any]]) -> None:
-        self._folder = folder
-        self._number = number
-        self._device = torch.device("cpu")
-        self.entries = list(entries)
-        self.boundary = 0
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        entry = self.entries[index]
-        dtype = shards.DTYPES[entry["dtype"]]
-        path, size = str(self._folder / entry["file"]), entry["bytes"]
-        flat = torch.from_file(path, shared=False, size=size, dtype=torch.uint8)
-        return flat.view(dtype).view(entry["shape"]).to(self._device)
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        if isinstance(index, slice):
-            self.entries[:] = [self._entry(i, states) for i, states in enumerate(value)]
-        else:
-            self.entries[index] = self._entry(index, value)
-
-    def __delitem__(self, index: Any) -> None:
-        del self.entries[index]
-
-    def insert(self, index: int, value: Tensor) -> None:
-        self.entries.insert(index, self._entry(index, value))
-
-    def _entry(self, index: int, states: Tensor) -> dict[str, Any]:
-        self._device = states.device
-        name = f"stream-{self._number}-{self.boundary:05}-{index:05}.bin"
-        new = self._folder / f"{name}.new"  # what is mapped must not become shorter
-        digest = shards.write_bytes(new, [], [states])
-        new.replace(self._folder / name)
-        dtype = shards.name_of(states.dtype)
-        shape = list(states.shape)
-        return {
-            "file": name,
-            "sha256": digest,
-            "dtype": dtype,
-            "shape": shape,
-            "bytes": states.nbytes,
-        }
 
 
 def _compare(expected: Mapping[str, Tensor], found: Mapping[str, shards.Entry]) -> None:

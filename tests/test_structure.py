@@ -25,7 +25,7 @@ LEVELS = [
         "decode",
         "shards",
     },
-    {"codebook", "formats.parts"},
+    {"codebook", "formats.parts", "states"},
     {"formats.codebook"},
     {
         "formats.bytewise",
