@@ -18,16 +18,14 @@ import torch
 from torch import Tensor
 
 from llmq import shards
-from llmq.codebook import CodebookScheme
-from llmq.errors import FormatError, SchemeError, SourceError
+from llmq.errors import SchemeError
 from llmq.formats import awq, columns, compressed_tensors, gptq
-from llmq.formats.layouts import Layout, TensorFiles, layout_of, resolved
-from llmq.hf.saving import COMPANIONS, assemble, original_folder
+from llmq.hf.saving import COMPANIONS, assemble
+from llmq.opened import Opened, open_checkpoint
 from llmq.output import staged_folder, writing
 from llmq.progress import progress_bar
 from llmq.report import REPORT_FILE
 from llmq.scheme import QuantizedWeight, QuantScheme
-from llmq.shards import weight_files
 
 TARGETS = (compressed_tensors.METHOD, gptq.METHOD, awq.METHOD)
 
@@ -50,73 +48,6 @@ class Conversion:
     rounded_scales: int
     largest_change: float
     notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A quantized checkpoint on disk.
-
-    Attributes:
-        folder: where it is.
-        config: its config.json.
-        layout: how its modules are read.
-        tensors: of all its files.
-        schemes: module -> scheme.
-    """
-
-    folder: Path
-    config: dict[str, Any]
-    layout: Layout
-    tensors: TensorFiles
-    schemes: dict[str, QuantScheme]
-
-    def read(self, name: str) -> QuantizedWeight:
-        """One matrix."""
-        return self.layout.read(name, self.tensors, self.schemes[name])
-
-    @property
-    def embeddings(self) -> dict[str, QuantScheme]:
-        """Input embeddings with one byte per weight -> scheme."""
-        stored = self.layout.config.embeddings
-        return {name: s for name, s in stored.items() if f"{name}.weight" in self.tensors}
-
-    def dense(self) -> list[str]:
-        """Keys of everything that is not packed."""
-        packed = {f"{n}.{suffix}" for n in self.schemes for suffix in self.layout.suffixes}
-        return [key for key in self.tensors if key not in packed]
-
-
-def open_checkpoint(src: str | os.PathLike[str]) -> Opened:
-    """Open a quantized checkpoint: folder or Hub name.
-
-    Raises:
-        SourceError: there is none, or it is not quantized.
-        FormatError: it is damaged, or in a layout that llmq does not read.
-        SchemeError: it stacks experts in one tensor, or its weights are in code books.
-    """
-    folder = original_folder(os.fspath(src))
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FormatError(f"{folder / 'config.json'}: not JSON: {error}.") from error
-    stated = config.get("quantization_config")
-    if not stated:
-        raise SourceError(f"{src}: not quantized. Run llmq quantize first.")
-    tensors = TensorFiles(weight_files(folder))
-    layout = resolved(layout_of(stated), tensors)
-    schemes = layout.modules(tensors)
-    if stacked := [key for key in tensors if key.endswith("_proj_packed")]:
-        raise SchemeError(
-            f"{stacked[0]}: experts are stacked in one tensor, which only compressed-tensors holds."
-        )
-    if books := [name for name, scheme in schemes.items() if isinstance(scheme, CodebookScheme)]:
-        raise SchemeError(
-            f"{books[0]}: in a code book, which no other layout holds. Quantize the original again "
-            "without --codebook."
-        )
-    if not schemes:
-        raise FormatError(f"{src}: config.json says quantized, but no packed module is there.")
-    return Opened(folder, config, layout, tensors, schemes)
 
 
 def convert(
@@ -193,7 +124,7 @@ class _Parts:
 
 def _writer(opened: Opened, target: str) -> Callable[[str, QuantizedWeight], dict[str, Tensor]]:
     if target == gptq.METHOD:
-        version = 1 if _symmetric(opened) else 2
+        version = 1 if opened.symmetric else 2
         return lambda name, q: gptq.write(name, q, version)
     if target == awq.METHOD:
         return awq.write
@@ -208,10 +139,6 @@ def _writer(opened: Opened, target: str) -> Callable[[str, QuantizedWeight], dic
         return tensors
 
     return write
-
-
-def _symmetric(opened: Opened) -> bool:
-    return all(scheme.symmetric for scheme in opened.schemes.values())
 
 
 def _reason(opened: Opened, target: str) -> str | None:
@@ -229,7 +156,7 @@ def _reason(opened: Opened, target: str) -> str | None:
             return f"{name}: {reason}"
     if target == awq.METHOD:
         try:
-            awq.config(opened.schemes, _dense_matrices(opened))
+            awq.config(opened.schemes, opened.dense_matrices())
         except SchemeError as error:
             return str(error).rstrip(".")
     return None
@@ -246,24 +173,11 @@ def _check_holds(opened: Opened, target: str) -> None:
         raise SchemeError(f"{target} cannot hold {reason}. Use --format {' or '.join(others)}.")
 
 
-def _dense_matrices(opened: Opened) -> list[str]:
-    """Modules with a matrix in full precision; without embeddings and the output layer, which
-    are told by their size: as many rows as the vocabulary."""
-    vocabulary = opened.config.get("vocab_size")
-    return [
-        key.removesuffix(".weight")
-        for key in opened.dense()
-        if key.endswith(".weight")
-        and len(shape := opened.tensors.shape(key)) == 2
-        and shape[0] != vocabulary
-    ]
-
-
 def _target_config(opened: Opened, target: str) -> dict[str, Any]:
     """The `quantization_config` of the result."""
-    schemes, dense = opened.schemes, _dense_matrices(opened)
+    schemes, dense = opened.schemes, opened.dense_matrices()
     if target == gptq.METHOD:
-        return gptq.config(schemes, dense, 1 if _symmetric(opened) else 2)
+        return gptq.config(schemes, dense, 1 if opened.symmetric else 2)
     if target == awq.METHOD:
         return awq.config(schemes, dense)
     if opened.layout.method == target:
@@ -280,7 +194,7 @@ def _target_config(opened: Opened, target: str) -> dict[str, Any]:
 
 
 def _notes(opened: Opened, target: str) -> Iterator[str]:
-    if target == gptq.METHOD and not _symmetric(opened):
+    if target == gptq.METHOD and not opened.symmetric:
         yield "asymmetric GPTQ (version 2): GPTQModel and llmq load it, vLLM and SGLang refuse it"
     if any(".experts." in name for name in opened.schemes) and target != compressed_tensors.METHOD:
         yield "stock transformers leaves GPTQ and AWQ experts random; llmq and engines load them"

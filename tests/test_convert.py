@@ -19,10 +19,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from llmq import hf
-from llmq.convert import convert, open_checkpoint
+from llmq.convert import convert
 from llmq.errors import FormatError, OutputError, SchemeError, SourceError
 from llmq.formats import gptq
 from llmq.nn import PackedExperts, PackedLinear, packed_modules
+from llmq.opened import open_checkpoint
 from llmq.quantize import Recipe, quantize
 from llmq.scheme import QuantScheme
 from llmq.solvers.rtn import RTN

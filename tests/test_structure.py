@@ -56,7 +56,7 @@ LEVELS = [
     {"hf.outline", "hf.streaming"},
     {"hf"},
     {"report", "generate", "gate"},
-    {"stored"},
+    {"stored", "opened"},
     {"source", "plan", "verify", "card", "comparison", "convert"},
     {"gguf_file"},
     {"stream", "hub", "mixing", "inputs"},
