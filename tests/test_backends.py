@@ -63,7 +63,7 @@ def test_dequantize_is_bitwise_the_definition(scheme):
 def test_dequantize_in_slabs_is_the_same(monkeypatch):
     layer = packed(QuantScheme(4, 32, False), 40, 256)
     whole = backends.dequantize(layer, torch.bfloat16)
-    monkeypatch.setattr(backends, "SLAB", 7 * 256)  # 40 rows: five slabs and a rest
+    monkeypatch.setattr(backends.base, "SLAB", 7 * 256)  # 40 rows: five slabs and a rest
     assert torch.equal(backends.dequantize(layer, torch.bfloat16), whole)
 
 

@@ -37,6 +37,8 @@ LEVELS = [
         "calibrate",
         "journal",
     },
+    {"backends.base"},
+    {"backends.cpu_int4", "backends.triton"},
     {"backends", "embedding", "formats.gptq", "formats.awq", "formats.gguf", "drawing"},
     {"linear", "lookup"},
     {"experts"},
