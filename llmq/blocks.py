@@ -56,7 +56,7 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
-class _Substitute(nn.Module):
+class Substitute(nn.Module):
     """Takes a module's place; attributes that it lacks are read from the original."""
 
     def __init__(self, original: nn.Module):
@@ -75,7 +75,7 @@ class _Substitute(nn.Module):
             return getattr(self.__dict__["_original"][0], name)
 
 
-class _StandIn(_Substitute):
+class _StandIn(Substitute):
     """Takes a block's place in the model: notes how it was called, passes hidden states on."""
 
     def __init__(self, block: nn.Module, calls: list[Call], wrap: Callable[[Tensor], Any]):
@@ -213,46 +213,6 @@ def inputs_of(
                 run_block(block, states, call)
             except Reached as reached:
                 yield reached.value
-
-
-class _Once(_Substitute):
-    """Takes the place of a part of a block that will not change any more.
-
-    Computes its output for each of `count` batches once and repeats it when the batches come
-    again, always in the same order.
-    """
-
-    def __init__(self, part: nn.Module, count: int):
-        super().__init__(part)
-        self._count = count
-        self._turn = 0
-        self._outputs: list[Any] = []
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        turn, self._turn = self._turn, (self._turn + 1) % self._count
-        if len(self._outputs) < self._count:
-            self._outputs.append(self._original[0](*args, **kwargs))
-        return self._outputs[turn]
-
-
-def keep_outputs(block: nn.Module, done: set[str], count: int) -> None:
-    """Run parts of `block` once from now on, whose linears are all in `done`, if others are not.
-
-    After attention is quantized, runs up to the linears of the MLP need not compute it again.
-    `count` is the number of batches.
-    """
-    left = linears(block).keys() - done
-    for name, part in list(block.named_children()):
-        inside = {n for n in linears(block) if n.startswith(f"{name}.")}
-        if inside and left and not inside & left:
-            block.set_submodule(name, _Once(part, count))
-
-
-def forget_outputs(block: nn.Module) -> None:
-    """Undo `keep_outputs`."""
-    for name, part in list(block.named_children()):
-        if isinstance(part, _Once):
-            block.set_submodule(name, part.original)
 
 
 @torch.no_grad()

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from llmq import ranks
 from llmq.adapters import as_linears, run_copy, shared_copy
-from llmq.blocks import forget_outputs, keep_outputs, linears, run_block, shared_input_groups
+from llmq.blocks import linears, run_block, shared_input_groups
 from llmq.calls import Call
 from llmq.division import Piece, Solved, divide, exchange, joined
 from llmq.errors import IntegrityError, NonFiniteError
+from llmq.kept import forget_outputs, keep_outputs
 from llmq.moments import quadratic
 from llmq.objective import Problem, Twin, posed
 from llmq.recipe import Recipe

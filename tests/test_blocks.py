@@ -13,13 +13,13 @@ from llmq.blocks import (
     decoder_blocks,
     hooks,
     inputs_of,
-    keep_outputs,
     linears,
     record_calls,
     run_block,
     shared_input_groups,
 )
 from llmq.errors import SourceError
+from llmq.kept import keep_outputs
 from llmq.moments import quadratic, second_moments, with_prior
 
 

@@ -14,12 +14,11 @@ from zoo import ARCHITECTURES, tiny_ids, tiny_model
 
 from llmq.blocks import (
     decoder_blocks,
-    forget_outputs,
-    keep_outputs,
     linears,
     record_calls,
     run_block,
 )
+from llmq.kept import forget_outputs, keep_outputs
 from llmq.ladder import METHODS, QUALITIES
 from llmq.quantize import Recipe, quantize
 from llmq.retry import Windows

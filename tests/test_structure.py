@@ -46,7 +46,7 @@ LEVELS = [
     {"division", "fuse", "peft", "adapters", "store", "solvers.rtn", "solvers.trials"},
     {"solvers.gptq"},
     {"blocks", "correction", "solvers.descent", "solvers.books"},
-    {"solvers.awq_pairs", "residual", "retry"},
+    {"solvers.awq_pairs", "residual", "retry", "kept"},
     {"solvers.awq", "objective", "sensitivity", "tunable"},
     {"tuning", "tuning_blocks"},
     {"recipe"},
