@@ -10,13 +10,10 @@ the disassembler. Says nothing about speed; it says what the main loop consists 
 from __future__ import annotations
 
 import argparse
-import collections
 import itertools
 import json
 import re
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +22,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
 import triton
+from machine_code import classes, disassemble, others
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -33,26 +31,6 @@ from llmq_kernels.gemm import linear_kernel
 from llmq_kernels.plan import UNIT, Gpu, closed_form, shared_bytes
 
 LIMIT = 3.2  # instructions per weight and thread on sm_90, up to 16 rows of x, every format
-TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-CLASSES = {
-    "LDGSTS.128": r"LDGSTS\.\S*128",
-    "LDGSTS.other": r"LDGSTS\.(?!\S*128)",
-    "LDG": r"LDG\.",
-    "LDS.128": r"LDS\.\S*128",
-    "LDS.other": r"LDS(?!\S*128)",
-    "STS": r"STS",
-    "HGMMA": r"HGMMA",
-    "HMMA": r"HMMA",
-    "UTCHMMA": r"UTC\w*MMA",
-    "STTM": r"STTM",
-    "I2F": r"I2F",
-    "LOP3": r"LOP3",
-    "shift": r"SHF|SHL|SHR",
-    "half2": r"HFMA2|HMUL2|HADD2",
-    "fp32": r"FFMA|FMUL|FADD",
-    "barrier": r"BAR|SYNCS|WARPSYNC|DEPBAR|WARPGROUP",
-    "local": r"LDL|STL",
-}
 POINTERS = {
     "x_ptr": "*{x}", "qw_ptr": "*i32", "s_ptr": "*{s}", "z_ptr": "*u8", "bias_ptr": "*{x}",
     "y_ptr": "*{x}", "partial_ptr": "*fp32", "counter_ptr": "*i32", "pair_ptr": "*i32",
@@ -166,58 +144,23 @@ def _compile(kernel, dtype: str, constants: dict, arch: int, options: dict, weig
     started = time.perf_counter()
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     seconds = time.perf_counter() - started
-    registers, stack, shared, local, instructions, loop = _disassemble(compiled.asm["cubin"])
-    counts = {name: sum(bool(re.match(rx, op)) for op in loop) for name, rx in CLASSES.items()}
-    other = collections.Counter(
-        op.split(".")[0] for op in loop if not any(re.match(rx, op) for rx in CLASSES.values())
-    )
+    code = disassemble(compiled.asm["cubin"])
     return {
         "arch": arch,
-        "registers": registers,
-        "stack": stack,
-        "local": local,
-        "shared_bytes": max(shared, compiled.metadata.shared),
-        "instructions": len(instructions),
-        "spills": sum(bool(re.match(CLASSES["local"], op)) for op in instructions),
-        "loop": len(loop),
-        "loop_counts": {k: v for k, v in counts.items() if v} | dict(other.most_common(8)),
+        "registers": code.registers,
+        "stack": code.stack,
+        "local": code.local,
+        "shared_bytes": max(code.shared, compiled.metadata.shared),
+        "instructions": len(code.opcodes),
+        "spills": classes(code.opcodes).get("local", 0),
+        "loop": len(code.loop),
+        "loop_counts": classes(code.loop) | others(code.loop, 8),
         "rounding": sorted(
             set(re.findall(r"cvt\.(r\w)\.(?:bf16|f16)(?:x2)?\.f32", compiled.asm["ptx"]))
         ),
-        "per_weight": round(len(loop) * 32 * options["num_warps"] / weights, 3),
+        "per_weight": round(len(code.loop) * 32 * options["num_warps"] / weights, 3),
         "compile_seconds": round(seconds, 2),
     }
-
-
-def _disassemble(cubin: bytes) -> tuple[int, int, int, int, list[str], list[str]]:
-    """(registers, stack, shared, local, all opcodes, opcodes of the main loop)."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = _run(TOOLS / "cuobjdump", "-res-usage", file.name)
-        listing = _run(TOOLS / "nvdisasm", "-c", file.name)
-    match = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
-    if match is None:
-        raise RuntimeError(f"no resource usage in cuobjdump's output: {usage[:200]}")
-    opcodes: list[str] = []
-    labels: dict[str, int] = {}
-    jumps: list[tuple[int, str]] = []
-    for line in map(str.strip, listing.splitlines()):
-        if label := re.match(r"(\.L_[\w.]+):", line):
-            labels[label[1]] = len(opcodes)
-        elif op := re.match(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line):
-            if op[1].startswith("BRA") and (target := re.search(r"`\((\.L_[\w.]+)\)", op[2])):
-                jumps.append((len(opcodes), target[1]))
-            opcodes.append(op[1])
-    loops = [(labels[t], i + 1) for i, t in jumps if labels.get(t, i) < i]
-    loops = [(a, b) for a, b in loops if any("MMA" in op for op in opcodes[a:b])]
-    start, stop = min(loops, key=lambda ab: ab[1] - ab[0]) if loops else (0, len(opcodes))
-    registers, stack, shared, local = map(int, match.groups())
-    return registers, stack, shared, local, opcodes, opcodes[start:stop]
-
-
-def _run(tool: Path, *arguments: str) -> str:
-    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def complaints(config: Config, row: dict) -> list[str]:
