@@ -148,6 +148,39 @@ def run(source: Path, room: Path, journal: bool, options: Sequence[str]) -> dict
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def pair(source: Path, room: Path, options: Sequence[str], journal_first: bool) -> dict[str, Any]:
+    """A run with a journal and one without, and what the first took of the second."""
+    found = {}
+    for journal in (journal_first, not journal_first):
+        with tempfile.TemporaryDirectory(dir=room) as own:
+            found[journal] = run(source, Path(own), journal, options)
+    if found[True].pop("digests") != found[False].pop("digests"):
+        raise SystemExit("The two runs of a pair wrote different checkpoints.")
+    spent = found[True].pop("spent")
+    kinds = ("seconds", "cpu_seconds")
+    ratios = {f"{kind}_ratio": found[True][kind] / found[False][kind] for kind in kinds}
+    shares = {f"{kind}_share": spent[kind] / found[True][kind] for kind in kinds}
+    return {"with": found[True], "without": found[False], **ratios, **shares}
+
+
+def llama(layers: int, hidden: int, inner: int) -> Any:
+    """The configuration of a model of that size."""
+    return AutoConfig.for_model(
+        "llama",
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 128,
+        vocab_size=4096,
+        max_position_embeddings=1024,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=1,
+        dtype="bfloat16",
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--child", nargs=6)
@@ -168,36 +201,13 @@ def main() -> None:
         return
     if args.tiny:
         args.hidden, args.inner, args.samples, args.seq_len, args.pairs = 128, 256, 8, 64, 1
-    config = AutoConfig.for_model(
-        "llama",
-        hidden_size=args.hidden,
-        intermediate_size=args.inner,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.hidden // 64,
-        num_key_value_heads=args.hidden // 128,
-        vocab_size=4096,
-        max_position_embeddings=1024,
-        tie_word_embeddings=False,
-        bos_token_id=0,
-        eos_token_id=1,
-        dtype="bfloat16",
-    )
     options = [args.method, str(args.samples), str(args.seq_len)]
     rows = []
     with tempfile.TemporaryDirectory(dir=args.folder) as room:
-        write_model(config, Path(room) / "model")
-        for pair in range(args.pairs):
-            found = {}
-            for journal in (True, False) if pair % 2 else (False, True):
-                with tempfile.TemporaryDirectory(dir=room) as own:
-                    found[journal] = run(Path(room) / "model", Path(own), journal, options)
-            if found[True].pop("digests") != found[False].pop("digests"):
-                raise SystemExit("The two runs of a pair wrote different checkpoints.")
-            spent = found[True].pop("spent")
-            kinds = ("seconds", "cpu_seconds")
-            ratios = {f"{kind}_ratio": found[True][kind] / found[False][kind] for kind in kinds}
-            shares = {f"{kind}_share": spent[kind] / found[True][kind] for kind in kinds}
-            rows.append({"with": found[True], "without": found[False], **ratios, **shares})
+        model = Path(room) / "model"
+        write_model(llama(args.layers, args.hidden, args.inner), model)
+        for number in range(args.pairs):
+            rows.append(pair(model, Path(room), options, journal_first=bool(number % 2)))
             print(json.dumps(rows[-1]), flush=True)
     median = {
         kind: statistics.median(row[kind] for row in rows)

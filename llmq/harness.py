@@ -54,8 +54,6 @@ def run_tasks(
         CalibrationError: no task of that name.
     """
     check_installed()
-    import lm_eval  # pyright: ignore[reportMissingImports]
-    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
     from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
     folder = None if task_folder is None else str(task_folder)
@@ -66,30 +64,36 @@ def run_tasks(
             f"lm_eval has no task {', '.join(unknown)}. `lm_eval ls tasks` lists them."
         )
 
-    def scored(which: Any) -> Any:
-        wrapped = HFLM(pretrained=which, tokenizer=tokenizer, batch_size=1)
-        found = lm_eval.simple_evaluate(
-            model=wrapped,
-            tasks=list(tasks),
-            limit=limit,
-            task_manager=manager,
-            bootstrap_iters=1000,
-        )
-        assert found is not None
-        return found
-
-    found = scored(model)
+    found = _scored(model, tokenizer, tasks, manager, limit)
     counts = found.get("n-samples", {})
     scores = {
         name: _plain(values) | {"n": counts.get(name, {}).get("effective")}
         for name, values in found["results"].items()
     }
     if reference is not None:
-        full = scored(reference)
+        full = _scored(reference, tokenizer, tasks, manager, limit)
         for name in scores.keys() & found["samples"].keys():  # groups of tasks have no samples
             own, others = found["samples"][name], full["samples"][name]
             scores[name] |= paired(found["results"][name], own, others)
     return scores
+
+
+def _scored(
+    model: Any, tokenizer: Any, tasks: Sequence[str], manager: Any, limit: int | None
+) -> dict[str, Any]:
+    """What the harness makes of one model: its results and samples."""
+    import lm_eval  # pyright: ignore[reportMissingImports]
+    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+
+    found = lm_eval.simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1),
+        tasks=list(tasks),
+        limit=limit,
+        task_manager=manager,
+        bootstrap_iters=1000,
+    )
+    assert found is not None
+    return found
 
 
 def paired(

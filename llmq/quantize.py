@@ -79,11 +79,8 @@ def quantize(
         probes = record_calls(model, blocks, [batches[0][:1, :PROBE]], first)
         del first
     where = torch.device(device) if device is not None else hidden[0].device
-    dtype = run_dtype(hidden[0].dtype, where)
     for stream in streams:
-        for b, states in enumerate(stream):
-            if (moved := states.to(where, dtype)) is not states:
-                stream[b] = moved
+        _move(stream, where)
     if recipe.match and not full:
         full.extend(hidden)
 
@@ -106,6 +103,13 @@ def quantize(
     for name, scheme in embeddings.items():
         with store.outer():
             yield _round_embeddings(model, name, scheme, batches)
+
+
+def _move(stream: MutableSequence[Tensor], where: torch.device) -> None:
+    """Bring hidden states to where blocks run, in the dtype in which they run there."""
+    for b, states in enumerate(stream):
+        if (moved := states.to(where, run_dtype(states.dtype, where))) is not states:
+            stream[b] = moved
 
 
 def _advance(
