@@ -6,7 +6,7 @@ import os
 import random
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -102,6 +102,14 @@ def packed_llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedMo
     source = save_tiny("llama", root / "source", torch.bfloat16)
     model = round_to_nearest(AutoModelForCausalLM.from_pretrained(source))
     return model, hf.save(model, root / "packed", source=source)
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """`torch.set_num_threads` until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

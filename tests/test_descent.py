@@ -92,15 +92,11 @@ def test_zero_rows_and_outliers():
 
 
 @pytest.mark.parametrize("scheme", [QuantScheme(4, 64), QuantScheme(2, -1)])
-def test_threads_do_not_matter(scheme):
+def test_threads_do_not_matter(scheme, set_threads):
     W, H = problem(5, 300, 384)
-    threads = torch.get_num_threads()
     results = []
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            results.append(Polished().solve(W, H, scheme))
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2):
+        set_threads(count)
+        results.append(Polished().solve(W, H, scheme))
     assert torch.equal(results[0].codes, results[1].codes)
     assert torch.equal(results[0].scale, results[1].scale)

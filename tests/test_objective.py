@@ -203,15 +203,11 @@ def test_an_overflow_names_the_layer():
         list(quantize(model, batches(model), Recipe(SCHEME, match=True)))
 
 
-def test_threads_do_not_matter():
+def test_threads_do_not_matter(set_threads):
     model: Any = tiny_model("llama", dtype=torch.float32).eval()
-    threads = torch.get_num_threads()
     results = []
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            results.append(quantized(model, Recipe(SCHEME, Polished(), match=True))[0])
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2):
+        set_threads(count)
+        results.append(quantized(model, Recipe(SCHEME, Polished(), match=True))[0])
     a, b = (result.state_dict() for result in results)
     assert all(torch.equal(a[name], b[name]) for name in a)

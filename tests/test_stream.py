@@ -136,18 +136,14 @@ NARROW = {"hidden_size": 256, "intermediate_size": 768, "head_dim": 64, "num_hid
     ],
 )
 def test_the_command_writes_the_same_bytes_with_one_and_two_threads(
-    options, sizes, run, text, tmp_path
+    options, sizes, run, text, set_threads, tmp_path
 ):
     source = save_tiny("llama", tmp_path / "model", torch.bfloat16, **sizes)
     shape = ["--samples", 12, "--seq-len", 128, "--group-size", 128, "--calibration", text]
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            status, _, errors = run("quantize", source, tmp_path / str(threads), *shape, *options)
-            assert status == 0, errors
-    finally:
-        torch.set_num_threads(before)
+    for count in (1, 2):
+        set_threads(count)
+        status, _, errors = run("quantize", source, tmp_path / str(count), *shape, *options)
+        assert status == 0, errors
     found = sums(tmp_path / "1")
     assert {"model.safetensors", "config.json", "tokenizer.json", CHECKSUMS} <= found.keys()
     assert found == sums(tmp_path / "2")

@@ -110,18 +110,14 @@ def test_one_batch_leaves_nothing_to_judge_by():
     assert all(torch.equal(before[key], value) for key, value in packed.state_dict().items())
 
 
-def test_threads_do_not_matter():
+def test_threads_do_not_matter(set_threads):
     model: Any = tiny_model("llama", dtype=torch.float32).eval()
-    threads = torch.get_num_threads()
     found = []
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            packed = rounded(model, QuantScheme(2, 32))
-            tuned(model, packed, ScaleTuning(steps=2, rate=1e-2, every=1), count=2)
-            found.append(packed.state_dict())
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2):
+        set_threads(count)
+        packed = rounded(model, QuantScheme(2, 32))
+        tuned(model, packed, ScaleTuning(steps=2, rate=1e-2, every=1), count=2)
+        found.append(packed.state_dict())
     assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
 
 
