@@ -1,4 +1,4 @@
-"""The table of engines in README.md, from results/engines.json.
+"""The table of engines in docs/engines.md, from results/engines.json.
 
 python benchmarks/engine_table.py      writes it between its two marks
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "engines.json"
-README = HERE.parent / "README.md"
+PAGE = HERE.parent / "docs" / "engines.md"
 START, STOP = "<!-- engines: from benchmarks/engine_table.py -->", "<!-- /engines -->"
 
 
@@ -48,13 +48,13 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def with_table(readme: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """`readme` with the table between its marks."""
-    before, rest = readme.split(START)
+def with_table(page: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """`page` with the table between its marks."""
+    before, rest = page.split(START)
     _, after = rest.split(STOP)
     return f"{before}{START}\n\n{table(rows)}\n\n{STOP}{after}"
 
 
 if __name__ == "__main__":
     found = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]
-    README.write_text(with_table(README.read_text(encoding="utf-8"), found), encoding="utf-8")
+    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")

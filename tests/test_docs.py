@@ -17,6 +17,7 @@ from llmq.cli import app
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
+README = DOCS.parent / "README.md"
 BLOCK = re.compile(r"^```(\w+)( run)?\n(.*?)^```$", re.S | re.M)
 WORDS = {
     "MODEL": demo.model_path,
@@ -33,7 +34,7 @@ def blocks(page: Path, run: bool) -> list[tuple[str, str]]:
 def commands() -> list[str]:
     lines = [
         line
-        for page in [*PAGES, DOCS.parent / "README.md"]
+        for page in [*PAGES, README]
         for language, code in blocks(page, run=False)
         if language == "sh"
         for line in code.splitlines()
@@ -41,7 +42,7 @@ def commands() -> list[str]:
     return sorted({line for line in lines if line.startswith("llmq ")})
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*PAGES, README], ids=lambda page: page.stem)
 def test_examples_run(page: Path, run, tmp_path, monkeypatch) -> None:
     examples = blocks(page, run=True)
     if any("peft" in code or " correct " in code for _, code in examples):
@@ -66,10 +67,10 @@ def test_every_command_and_option_exists(line: str) -> None:
         group.commands[name].make_context(name, rest)  # parses, and runs nothing
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*PAGES, README], ids=lambda page: page.stem)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
-        assert target.startswith("https://") or (DOCS / target).is_file(), target
+        assert target.startswith("https://") or (page.parent / target).is_file(), target
     if page.name not in ("README.md",):
         assert f"({page.name})" in (DOCS / "README.md").read_text(encoding="utf-8")
 
@@ -86,8 +87,8 @@ def script(path: Path) -> Any:
 def test_the_table_of_engines_is_what_was_measured() -> None:
     module = script(DOCS.parent / "benchmarks" / "engine_table.py")
     rows = json.loads(module.RESULTS.read_text(encoding="utf-8"))["rows"]
-    readme = module.README.read_text(encoding="utf-8")
-    assert readme == module.with_table(readme, rows), "run: python benchmarks/engine_table.py"
+    page = module.PAGE.read_text(encoding="utf-8")
+    assert page == module.with_table(page, rows), "run: python benchmarks/engine_table.py"
 
 
 def test_the_page_of_options_is_current() -> None:
