@@ -1,7 +1,7 @@
 """The verbs of llmq: `quantize` a model into a folder, `load` one, and others.
 
-The command line is a thin shell over these functions and those of `measure`; options have the same
-names and defaults.
+The command line is a thin shell over these functions, those of `survey`, which stand here too, and
+those of `measure`; options have the same names and defaults.
 """
 
 from __future__ import annotations
@@ -16,22 +16,18 @@ from typing import Any
 
 from torch import nn
 
-from llmq import hf, plan as planning, ranks
+from llmq import hf, ranks
 from llmq.codebook import number_format
 from llmq.errors import SchemeError
 from llmq.hf.saving import original_folder
 from llmq.hf.streaming import StoredModel
-from llmq.inputs import SEQ_LEN, read_calibration, window_length, windows_for
+from llmq.inputs import read_calibration, windows_for
 from llmq.journal import Workplace, workplace
 from llmq.ladder import chosen, in_scheme
-from llmq.mixing import allocated, average_for_size, is_mixed, parse_size, scan, uniform_width
+from llmq.mixing import allocated, average_for_size, is_mixed, parse_size, uniform_width
 from llmq.origin import command, origin, public_name
-from llmq.outlook import job
 from llmq.pipeline import Run, begin, outcome, preflight, publish, solve
-from llmq.plan import Plan
-from llmq.recipe import Recipe
-from llmq.scheme import QuantScheme
-from llmq.sensitivity import WIDTHS, Sensitivity
+from llmq.sensitivity import WIDTHS
 from llmq.source import (
     check_path,
     open_config,
@@ -41,7 +37,10 @@ from llmq.source import (
     pick_device,
     source_headers,
 )
+from llmq.survey import plan, sensitivity
 from llmq.text import Source
+
+__all__ = ["correct", "load", "plan", "quantize", "sensitivity"]
 
 
 def quantize(
@@ -175,105 +174,6 @@ def quantize(
         }
         publish(work, report, solved.digests)
     return ranks.of_the_first(report)
-
-
-def plan(
-    src: str | os.PathLike[str],
-    *,
-    quality: str | None = None,
-    method: str | None = None,
-    bits: float = 4,
-    mixed: bool = False,
-    group_size: int = 128,
-    symmetric: bool = True,
-    samples: int = 128,
-    seq_len: int | None = None,
-    lm_head: bool = False,
-    embeddings: int | None = None,
-    skip: Sequence[str] = (),
-    tensor_parallel: Sequence[int] = (1,),
-    activations: str = "memory",
-    device: str = "auto",
-    out: str | os.PathLike[str] = ".",
-) -> Plan:
-    """What `quantize` would write and take, and who would load it, before a weight is read.
-
-    Args:
-        src: folder or Hub name of a full-precision causal language model.
-        quality, method, bits, mixed, group_size, symmetric, samples, seq_len, lm_head, embeddings,
-            skip, activations, device: as for `quantize`. The size at an average of bits is an
-            estimate.
-        tensor_parallel: numbers of GPUs that shall share the result.
-        out: where it shall be written; its disk is asked for room.
-
-    Raises:
-        LlmqError: see `llmq.errors`.
-    """
-    method, recipe = chosen(method, quality)
-    scheme = QuantScheme(uniform_width(bits, mixed), group_size, symmetric)
-    recipe = dataclasses.replace(
-        recipe, scheme=scheme, skip=tuple(skip), lm_head=lm_head, embeddings=embeddings
-    )
-    where = pick_device(device)
-    name, config = open_original(src)
-    average = float(bits) if is_mixed(bits, mixed) else None
-    seq_len = window_length(config, seq_len, SEQ_LEN)
-    windows = windows_for(method, samples)
-    return planning.make(
-        name,
-        config,
-        source_headers(name),
-        recipe,
-        ranks=tensor_parallel,
-        out=out,
-        job=job(recipe, windows, seq_len, activations == "disk", average is not None, where),
-        device=where,
-        average=average,
-    )
-
-
-def sensitivity(
-    src: str | os.PathLike[str],
-    *,
-    group_size: int = 128,
-    symmetric: bool = True,
-    calibration: Source | None = None,
-    samples: int = 32,
-    seq_len: int | None = None,
-    skip: Sequence[str] = (),
-    device: str = "auto",
-    seed: int = 0,
-    join: str = "documents",
-    bos: bool | None = None,
-) -> list[Sensitivity]:
-    """What rounding each layer to 2, 3, 4, 5, 6 or 8 bits is predicted to cost the whole model.
-
-    One backward pass over 32 windows at most, with the whole model on `device`.
-
-    Args:
-        src: folder or Hub name of a full-precision causal language model.
-        group_size, symmetric, calibration, samples, seq_len, skip, device, seed, join, bos: as for
-            `quantize`.
-
-    Returns:
-        one entry for the layers that read one tensor (they share a width), in execution order.
-
-    Raises:
-        LlmqError: see `llmq.errors`.
-    """
-    recipe = Recipe(QuantScheme(4, group_size, symmetric), skip=tuple(skip))
-    name, config = open_original(src)
-    text = read_calibration(
-        calibration,
-        open_tokenizer(name),
-        config,
-        samples=samples,
-        seq_len=seq_len,
-        seed=seed,
-        join=join,
-        bos=bos,
-    )
-    return scan(name, text.windows, recipe, pick_device(device), seed)
 
 
 def correct(

@@ -63,7 +63,7 @@ LEVELS = [
     {"gguf_file"},
     {"stream", "hub", "mixing", "inputs"},
     {"refine"},
-    {"pipeline", "bench", "measure"},
+    {"pipeline", "bench", "measure", "survey"},
     {"api"},
     {"showcase"},
     {"cli_share", "cli_plan", "cli_measure"},
