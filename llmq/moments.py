@@ -9,9 +9,8 @@ from torch import Tensor
 
 from llmq import ranks
 
-ROWS = 1024  # of a matrix that are copied at once
-PANEL = 512  # rows of a triangle that are inverted at once
 PANELS = 4  # H is symmetric: computing its lower block triangle in 4 panels saves 3/8 of the work
+ROWS = 1024  # of H that are converted at once, at most
 
 
 class SecondMoment:
@@ -114,68 +113,17 @@ def capped(sizes: Tensor, times: float) -> Tensor:
 
 
 def quadratic(D: Tensor, H: Tensor) -> Tensor:
-    """d H d^T for every row d of D (N, K): (N,), in the dtype of D and H.
+    """d H d^T for every row d of D (N, K): (N,), computed in the dtype of D.
 
     H (K, K) is symmetric: what is below its block diagonal counts twice, what is above is not read.
     """
     K = len(H)
-    step = -(-K // PANELS)
+    step = min(-(-K // PANELS), ROWS)
     total = D.new_zeros(len(D))
     for start in range(0, K, step):
         rows = slice(start, start + step)
-        total += ((D[:, rows] @ H[rows, rows]) * D[:, rows]).sum(1)
+        part = D[:, rows]
+        total += ((part @ H[rows, rows].to(D.dtype)) * part).sum(1)
         if start:
-            total += ((D[:, rows] @ H[rows, :start]) * D[:, :start]).sum(1).mul_(2)
+            total += ((part @ H[rows, :start].to(D.dtype)) * D[:, :start]).sum(1).mul_(2)
     return total
-
-
-def cholesky(H: Tensor, damp: float, order: Tensor | None = None) -> Tensor:
-    """Lower factor L, float64 (K, K), with L L^T = H + damp * mean(diag H) I.
-
-    Damping is tripled, up to eight times, while that is not positive definite. Nothing of the
-    size of L is held besides L.
-
-    Args:
-        H: float32 (K, K).
-        damp: share of the mean diagonal to add.
-        order: (K,) int64, take the rows and columns of H in this order.
-
-    Raises:
-        ValueError: it is not even then (with damp=0.01 that is 65 times the mean: H is not a
-            second moment).
-    """
-    mean = H.diagonal().double().mean()
-    L = torch.empty(H.shape, dtype=torch.float64, device=H.device).T  # columns lie together
-    info = torch.empty((), dtype=torch.int32, device=H.device)
-    added = 0.0
-    for _ in range(9):
-        if order is None:
-            L.copy_(H)
-        else:
-            for rows, own in zip(L.split(ROWS), order.split(ROWS), strict=True):
-                rows.copy_(H[own][:, order])
-        L.diagonal().add_(damp * mean)
-        torch.linalg.cholesky_ex(L, out=(L, info))
-        if not bool(info):
-            return L
-        added, damp = damp, damp * 3
-    raise ValueError(
-        f"second moment ({len(H)} columns) is not positive definite, even with {added:g} of its "
-        "mean diagonal added."
-    )
-
-
-def invert_lower(L: Tensor) -> Tensor:
-    """L^-1 in the place of L, float64 (K, K) lower triangular.
-
-    Panel by panel: below what is inverted already, the inverse of [[A, 0], [B, C]] is
-    -C^-1 B A^-1.
-    """
-    for start in range(0, len(L), PANEL):
-        stop = min(start + PANEL, len(L))
-        own = L[start:stop, start:stop]
-        eye = torch.eye(stop - start, dtype=L.dtype, device=L.device)
-        inverse = torch.linalg.solve_triangular(own, eye, upper=False)
-        L[start:stop, :start] = (inverse @ L[start:stop, :start]).neg_() @ L[:start, :start]
-        own.copy_(inverse)
-    return L

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from llmq.factor import PANEL, ROWS
 from llmq.sizes import Group, Job, Phase, Shape
 
 JUDGED = 256  # tokens that the gate carries along
@@ -87,9 +88,10 @@ def _solving(shape: Shape, job: Job, index: int) -> Iterator[Phase]:
     work = {"second moments": sums, "a batch": _running(shape, job) + rows}
     yield Phase("calibrating", {**fixed, **work}, {}, source)
     if matched:
-        factor, targets = 2 * square, matrix * shape.itemsize
-        shift = g.widest * g.columns * 20  # in float32 and float64
-        work = {"second moments": sums + square, "factor": factor + max(square, shift)}
+        targets, largest = matrix * shape.itemsize, g.widest * g.columns
+        # H while it is factored; then a shift in float32 and float64, judged with another H.
+        work = max(square + _panels(g.columns), 20 * largest, square + 12 * largest)
+        work = {"second moments": sums + square, "factor": square + work}
         yield Phase("matching", {**fixed, **work, "targets": targets}, {}, source)
         held = 2 * square  # H, and H with more on its diagonal
     else:
@@ -108,14 +110,21 @@ def solver(g: Group, job: Job, itemsize: int) -> int:
     if job.kind in ("rtn", "grid"):
         return tall + matrix + 24 * TRIALS
     wide = g.rows * (g.columns if job.group == -1 else job.group)  # weights of one column of groups
-    search = 4 * wide + 4 * 4 * max(TRIALS, wide)
-    # Factor and its inverse in float64, then in float32; then that, columns and codes.
-    pass_over = max(3 * square + tall, square + tall + 5 * matrix + max(search, 2 * matrix))
+    updated = 0 if job.group == -1 else 8 * wide  # and what is lost for them
+    search = 4 * wide + updated + 4 * 4 * max(TRIALS, wide)
+    # The factor while it is made; then that, columns and codes.
+    making = square + _panels(g.columns) + tall
+    pass_over = max(making, square + tall + 5 * matrix + max(search, 2 * matrix))
     if job.kind == "gptq":
         return pass_over
     descent = tall + matrix + 16 * matrix  # weights, codes, values and errors in float32
-    errors = 2 * square + tall + 2 * matrix + 5 * 8 * min(SLICE, matrix)
+    errors = square // 2 + tall + 2 * matrix + 5 * 8 * min(SLICE, matrix)
     return max(pass_over, descent, errors)
+
+
+def _panels(K: int) -> int:
+    """What a factor's panels take in float64 while it is made."""
+    return 8 * K * (min(K, PANEL) + min(K, ROWS))
 
 
 def _values(g: Group, itemsize: int) -> int:

@@ -27,7 +27,8 @@ from llmq import ranks
 from llmq.adapters import RoutedLinear
 from llmq.blocks import inputs_of
 from llmq.calls import Call
-from llmq.moments import SecondMoment, capped, cholesky, second_moments, with_prior
+from llmq.factor import divided, factor
+from llmq.moments import SecondMoment, capped, second_moments, with_prior
 from llmq.residual import enters_a_sum, reads_and_sums
 from llmq.solvers.gptq import alive
 
@@ -106,15 +107,9 @@ class Drift:
         return (pull if self.R is None else pull + self.R) / max(self.inputs.count, 1)
 
     def factor(self) -> Tensor:
-        """Lower L, float64 (K, K), with L L^T = H + lambda I."""
+        """Upper R, float32 (K, K), with R R^T = H + lambda I."""
         H = self.inputs.mean()
-        return cholesky(alive(H), damping(self.inputs.count, len(H)))
-
-
-def shift(L: Tensor, pull: Tensor) -> Tensor:
-    """pull (L L^T)^-1: all of the way from W to W*, float32 (N, K)."""
-    half = torch.linalg.solve_triangular(L, pull.double().T, upper=False)
-    return torch.linalg.solve_triangular(L.T, half, upper=True).T.float()
+        return factor(alive(H), damping(self.inputs.count, len(H)))
 
 
 def _roots(rows: Tensor) -> Tensor:
@@ -159,12 +154,12 @@ class Matching(Problem):
 
     def targets(self, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """On tokens that were held out it is judged how far to go; then all tokens tell where."""
-        L = self.fit.factor()
-        shares = {n: self.share(W, shift(L, self.fit.pull(W))) for n, W in matrices.items()}
-        del L
-        L = cholesky(alive(self.H), damping(self.tokens, len(self.H)))
+        R = self.fit.factor()
+        shares = {n: self.share(W, divided(self.fit.pull(W), R)) for n, W in matrices.items()}
+        del R
+        R = factor(alive(self.H), damping(self.tokens, len(self.H)))
         return {
-            n: (W.float() + shares[n] * shift(L, self.pull(W))).to(W.dtype) if shares[n] else W
+            n: (W.float() + shares[n] * divided(self.pull(W), R)).to(W.dtype) if shares[n] else W
             for n, W in matrices.items()
         }
 

@@ -13,7 +13,8 @@ from llmq import demo
 from llmq.adapters import as_linears
 from llmq.blocks import decoder_blocks, linears, record_calls, run_block
 from llmq.errors import NonFiniteError
-from llmq.objective import MOST, Drift, Matching, damping, shift
+from llmq.factor import divided
+from llmq.objective import MOST, Drift, Matching, damping
 from llmq.quantize import Recipe, quantize
 from llmq.residual import enters_a_sum, reads_and_sums
 from llmq.solvers.descent import Polished
@@ -75,7 +76,7 @@ def test_the_full_target_is_least_squares_on_the_tokens():
     x, full_x, h, full_h = (t.double() for t in data)
     W = torch.randn(N, K, generator=torch.Generator().manual_seed(1))
     drift = drift_of(data, 0, 4000)
-    got = W + shift(drift.factor(), drift.pull(W))
+    got = W + divided(drift.pull(W), drift.factor())
     wanted = full_x @ W.double().T + full_h - h
     # Damping pulls towards W: rows sqrt(lambda) I with the answer W.
     H = x.T @ x / len(x)
@@ -93,7 +94,7 @@ def test_never_worse_on_held_out_tokens(seed, tokens, moved):
     data = streams(seed, tokens, K, N, moved)
     W = torch.randn(N, K, generator=torch.Generator().manual_seed(seed))
     problem = matching(data, tokens * 3 // 4)
-    share = problem.share(W, shift(problem.fit.factor(), problem.fit.pull(W)))
+    share = problem.share(W, divided(problem.fit.pull(W), problem.fit.factor()))
     x, full_x, h, full_h = (t[tokens * 3 // 4 :].double() for t in data)
 
     def error(W_new: Tensor) -> float:
@@ -112,9 +113,9 @@ def test_all_tokens_tell_where_to_go():
     data = streams(1, 2000, K, N, 0.3)
     W = torch.randn(N, K, generator=torch.Generator().manual_seed(1))
     problem = matching(data, 1500)
-    share = problem.share(W, shift(problem.fit.factor(), problem.fit.pull(W)))
+    share = problem.share(W, divided(problem.fit.pull(W), problem.fit.factor()))
     whole = drift_of(data, 0, 2000)
-    wanted = W + share * shift(whole.factor(), whole.pull(W))
+    wanted = W + share * divided(whole.pull(W), whole.factor())
     got = problem.targets({"W": W, "V": 2 * W})
     assert (got["W"] - wanted).norm() < 2e-3 * (wanted - W).norm()  # tokens are weighted per batch
     assert (got["V"] - got["W"]).norm() > 0.5 * W.norm()

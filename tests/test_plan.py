@@ -119,7 +119,7 @@ def test_shapes_of_blocks_and_of_experts() -> None:
 
 
 def test_memory_of_seventy_billion_weights() -> None:
-    """One Hessian of the widest layer has 3.3 GB; GPTQ holds four times that at once."""
+    """One Hessian of the widest layer has 3.3 GB; GPTQ holds one more square of that size."""
     config, _ = big_llama()
     shape = outlook.shape(outline(config, torch.bfloat16), Recipe())
     square = 4 * 28672**2
@@ -127,7 +127,8 @@ def test_memory_of_seventy_billion_weights() -> None:
     solving = max(needs.memory(shape, gptq), key=lambda phase: phase.on_device)
     assert solving.name == "solving"
     assert solving.device["second moments"] == square
-    assert 3 * square < solving.device["solver"] < 3.3 * square
+    tall = 2 * 28672 * 8192
+    assert square + tall < solving.device["solver"] < square + 5 * tall
     states = 128 * 512 * 8192 * 2
     assert solving.device["hidden states"] == states
     assert peak(shape, gptq) < 24 * GIB

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmq.scheme import QuantizedWeight, QuantScheme, grouped, minmax_grid
 from llmq.solvers.descent import Polished
-from llmq.solvers.gptq import GPTQ, column_order, inverse_factor
+from llmq.solvers.gptq import GPTQ, column_order
 from llmq.solvers.grid import by_block, by_column, search_grid
 from llmq.solvers.rtn import RTN
 
@@ -144,20 +144,6 @@ def test_not_far_from_the_best_of_all_codes():
         best += float(((delta @ H.double()) * delta).sum(-1).min())
     assert loss(W, q, H) <= 1.5 * best
     assert loss(W, RTN().solve(W, H, scheme), H) > loss(W, q, H)
-
-
-@pytest.mark.parametrize("K", [1, 96, 1100])  # more rows than are copied or inverted at once
-def test_inverse_factor_is_what_it_says(K):
-    _, H = problem(0, 1, K)
-    order = torch.randperm(K, generator=torch.Generator().manual_seed(0))
-    before = H.clone()
-    U = inverse_factor(H, 0.01, order)
-    assert torch.equal(H, before)
-    damped = H[order][:, order].double()
-    damped += torch.eye(K).double() * 0.01 * H.diagonal().double().mean()
-    assert torch.equal(U, U.triu())
-    found, expected = U.double().T @ U.double(), torch.linalg.inv(damped)
-    assert (found - expected).norm() <= 1e-6 * expected.norm()
 
 
 def test_column_order_keeps_groups_together():

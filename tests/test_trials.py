@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
+from llmq.factor import factor, inverted
 from llmq.scheme import QuantizedWeight, QuantScheme
 from llmq.solvers import trials
-from llmq.solvers.gptq import GPTQ, column_order, inverse_factor
+from llmq.solvers.gptq import GPTQ
 from llmq.solvers.grid import by_column, shortlist
 from llmq.solvers.trials import tried_grid
 
@@ -50,7 +51,7 @@ def passed(columns: Tensor, U: Tensor, scale: float, zero: float, qmax: int) -> 
 def test_the_grid_is_the_best_of_all_that_were_tried(seed, scheme):
     G = scheme.group_size
     W, H = problem(seed, 3, G)
-    U = inverse_factor(H, 0.01, torch.arange(G))
+    U = inverted(factor(H, 0.01))
     columns = W.T.contiguous()
     scale, zero = tried_grid(columns, U, scheme, torch.float32, 4)
     weights = U.diagonal().double().pow(-2).float()
@@ -67,7 +68,7 @@ def test_the_grid_is_the_best_of_all_that_were_tried(seed, scheme):
 def test_what_the_pass_loses_is_the_error_of_the_layer(seed, scheme):
     G = scheme.group_size
     W, H = problem(seed, 5, G)
-    U = inverse_factor(H, 0.01, column_order(H.diagonal(), G, "none"))
+    U = inverted(factor(H, 0.01))
     q = GPTQ(damp=0.01, order="none", trials=4).solve(W, H, scheme)
     H = H + 0.01 * H.diagonal().mean() * torch.eye(G)
     columns, qmax = W.T.contiguous(), scheme.qmax

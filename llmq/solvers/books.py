@@ -15,8 +15,10 @@ from torch import Tensor
 
 from llmq.codebook import NF4, CodebookScheme, CodebookWeight, look_up, nearest, nf4
 from llmq.errors import SchemeError
+from llmq.factor import factor
 from llmq.scheme import QuantScheme, grouped, stored
-from llmq.solvers.gptq import BLOCK, alive, column_order, inverse_factor
+from llmq.solvers.babai import Pass
+from llmq.solvers.gptq import alive, column_order
 from llmq.solvers.grid import AT_ONCE
 
 
@@ -107,30 +109,24 @@ def k_means(x: Tensor, weights: Tensor, start: Tensor, passes: int) -> Tensor:
 def _fed_back(W: Tensor, H: Tensor, q: CodebookWeight, damp: float) -> CodebookWeight:
     """Round again, column by column; scales and tables stay, outliers take what is left."""
     order = column_order(H.diagonal(), q.shape[1], "static")
-    U = inverse_factor(H, damp, order)
-    columns = W.T[order].float()  # (K, N)
+    babai = Pass(W, factor(H, damp, order), order)
     width = q.shape[1] // q.scale.shape[1]
     free = torch.zeros(q.shape, dtype=torch.bool, device=W.device)
     free = free.scatter_(1, q.index.long(), True).T[order]  # (K, N)
     book = q.book.float().expand(len(W), -1).contiguous()
-    codes = torch.empty_like(columns, dtype=torch.uint8)
+    codes = torch.empty_like(babai.columns, dtype=torch.uint8)
     groups = (order // width).tolist()
-    for start in range(0, len(columns), BLOCK):
-        stop = min(start + BLOCK, len(columns))
-        errors = torch.empty_like(columns[start:stop])
-        for i in range(start, stop):
-            scale = q.scale[:, groups[i]].unsqueeze(1)  # (N, 1)
-            w = columns[i]
-            code = nearest(w.unsqueeze(1) / scale.float(), book)
-            found = look_up(code, scale, book).squeeze(1)
-            found = torch.where(free[i], w.to(W.dtype), found).float()
-            codes[i] = code.squeeze(1)
-            errors[i - start] = (w - found) / U[i, i]
-            columns[i + 1 : stop].addr_(U[i, i + 1 : stop], errors[i - start], alpha=-1)
-            columns[i] = found
-        columns[stop:].addmm_(U[start:stop, stop:].T, errors, alpha=-1)
+
+    def rounded(number: int, wanted: Tensor) -> Tensor:
+        scale = q.scale[:, groups[number]].unsqueeze(1)  # (N, 1)
+        code = nearest(wanted.unsqueeze(1) / scale.float(), book)
+        codes[number] = code.squeeze(1)
+        found = look_up(code, scale, book).squeeze(1)
+        return torch.where(free[number], wanted.to(W.dtype), found).float()
+
+    babai.run(rounded)
     inverse = order.argsort()
-    value = columns[inverse].T.gather(1, q.index.long()).to(W.dtype)
+    lost = babai.columns[inverse].T.gather(1, q.index.long())
     return CodebookWeight(
         q.scheme,
         codes[inverse].T.contiguous(),
@@ -138,5 +134,5 @@ def _fed_back(W: Tensor, H: Tensor, q: CodebookWeight, damp: float) -> CodebookW
         q.zero,
         book=q.book,
         index=q.index,
-        value=value,
+        value=W.gather(1, q.index.long()).float().sub_(lost).to(W.dtype),
     )

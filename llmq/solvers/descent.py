@@ -65,10 +65,10 @@ def descend(W: Tensor, H: Tensor, q: QuantizedWeight, sweeps: int) -> QuantizedW
 
 def row_errors(W: Tensor, H: Tensor, q: QuantizedWeight) -> Tensor:
     """D H D^T per row, float64 (N,), of the weights as they are stored."""
-    wide, errors = H.double(), []
+    errors = []
     for rows in q.slices():
         delta = W[rows].double() - q.rows(rows).dequantize(torch.float64)
-        errors.append(quadratic(delta, wide))
+        errors.append(quadratic(delta, H))
     return torch.cat(errors)
 
 

@@ -1,12 +1,11 @@
 """GPTQ: round column by column, let the columns not yet rounded absorb the error.
 
-Frantar et al. 2022 (arXiv 2210.17323). With H the second moment of the layer's inputs and
-H^-1 = U^T U, U upper triangular, rounding column j with error e_j = (w_j - q_j) / U_jj and
-updating w_k -= e_j U_jk for k > j minimises the output error over all later columns.
+Frantar et al. 2022 (arXiv 2210.17323), carried out as Babai's nearest plane algorithm, which gives
+the same codes without the inverse of H: see `babai`.
 
 What differs from the textbook version:
-- Grids minimise the rounding error weighted by 1 / U_jj^2, the weight that this very procedure
-  gives to column j, and are chosen when their group is reached, from the updated weights.
+- Grids minimise the rounding error weighted by R_jj^2, the weight that this very procedure gives
+  to column j, and are chosen when their group is reached, from the updated weights.
 - Columns are ordered by importance in whole groups and inside each group ("group-aware
   reordering"), so that groups stay contiguous and no index is needed at run time.
 - Columns that never fired in calibration are rounded, not zeroed.
@@ -20,13 +19,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llmq.moments import ROWS, cholesky, invert_lower
+from llmq.factor import factor, inverted
 from llmq.scheme import QuantizedWeight, QuantScheme, grouped, minmax_grid
+from llmq.solvers.babai import BLOCK, Pass
 from llmq.solvers.grid import by_column, search_grid
 from llmq.solvers.trials import tried_grid
 
 Order = Literal["group", "static", "none"]
-BLOCK = 128  # columns between two updates of everything to the right, where groups do not decide
 
 
 @dataclass(frozen=True)
@@ -54,10 +53,10 @@ class GPTQ:
         width = scheme.group_width(W.shape[1])
         H = alive(H)
         order = column_order(H.diagonal(), width, self.order)
-        U = inverse_factor(H, self.damp, order)
+        R = factor(H, self.damp, order)
         trials = self.trials if self.search and width <= BLOCK else 0
         dynamic = self.order != "static"
-        return _Run(W, U, order, width, scheme, self.search, dynamic, trials).solve()
+        return _Run(W, R, order, width, scheme, self.search, dynamic, trials).solve()
 
 
 def alive(H: Tensor) -> Tensor:
@@ -85,32 +84,13 @@ def column_order(importance: Tensor, width: int, order: Order) -> Tensor:
     return (inside + start)[across].flatten()
 
 
-def inverse_factor(H: Tensor, damp: float, order: Tensor) -> Tensor:
-    """Upper triangular U, float32 (K, K), with U^T U = (H' + damp * mean(diag H) I)^-1.
-
-    H' is H with rows and columns in the given order. One Cholesky of H' with both reversed,
-    H' = R R^T with R upper triangular, then U = R^-1; in float64.
-
-    Raises:
-        ValueError: H is not a second moment, see `moments.cholesky`.
-    """
-    inverse = invert_lower(cholesky(H, damp, order.flip(0)))
-    U = torch.empty_like(H)
-    stop = len(H)
-    for rows in U.split(ROWS):
-        start = stop - len(rows)
-        rows.copy_(inverse[start:stop].flip(0, 1))
-        stop = start
-    return U
-
-
 class _Run:
-    """One pass over the columns. Weights are held transposed: one contiguous row per column."""
+    """One pass over the columns: the grid of a group is chosen when the pass gets there."""
 
     def __init__(
         self,
         W: Tensor,
-        U: Tensor,
+        R: Tensor,
         order: Tensor,
         width: int,
         scheme: QuantScheme,
@@ -120,14 +100,14 @@ class _Run:
     ):
         self.dtype, self.scheme, self.search, self.dynamic = W.dtype, scheme, search, dynamic
         self.trials = trials
-        self.order, self.width, self.U = order, width, U
-        self.columns = W.T[order].float()  # (K, N)
-        self.column_weights = U.diagonal().double().pow(-2).float()  # (K,)
-        self.codes = torch.empty_like(self.columns, dtype=torch.uint8)  # (K, N)
+        self.order, self.width = order, width
+        self.babai = Pass(W, R, order)
+        self.column_weights = R.diagonal().square()  # (K,)
+        self.codes = torch.empty_like(self.babai.columns, dtype=torch.uint8)  # (K, N)
         count, N = len(order) // width, W.shape[0]
         self.scale = W.new_empty(count, N, dtype=torch.float32)
         self.zero = torch.empty_like(self.scale)
-        self.group = order // width  # (K,) group of each column, in the order of the pass
+        self.group = (order // width).tolist()  # of each column, in the order of the pass
         if not dynamic:
             inverse = order.argsort()
             weights = self.column_weights[inverse].unflatten(0, (-1, width))
@@ -142,13 +122,12 @@ class _Run:
     def solve(self) -> QuantizedWeight:
         K = len(self.order)
         step = self.width if self.dynamic and self.width < BLOCK else BLOCK
-        group_of = self.group.tolist()
         for start in range(0, K, step):
             stop = min(start + step, K)
+            debt = self.babai.debt(start, stop)
             if self.dynamic and start % self.width == 0:
-                self.choose_grid(start)
-            errors = self.round_block(start, stop, group_of)
-            self.columns[stop:].addmm_(self.U[start:stop, stop:].T, errors, alpha=-1)
+                self.choose_grid(start, debt)  # a group of more than BLOCK columns is a whole row
+            self.babai.round(start, stop, debt, self.nearest)
         inverse = self.order.argsort()
         return QuantizedWeight(
             self.scheme,
@@ -157,30 +136,21 @@ class _Run:
             self.zero.T.byte().contiguous(),
         )
 
-    def choose_grid(self, start: int) -> None:
+    def choose_grid(self, start: int, debt: Tensor) -> None:
         """Grid of the group that begins at column `start`, from its weights as they are now."""
         own, g = slice(start, start + self.width), self.group[start]
-        columns = self.columns[own]  # (G, N)
+        columns = self.babai.wanted(own.start, own.stop, debt)  # (G, N)
         if self.trials:
-            U = self.U[own, own].contiguous()
+            U = inverted(self.babai.R[own, own])
             found = tried_grid(columns, U, self.scheme, self.dtype, self.trials)
         else:
             found = self.grid(columns.T.contiguous(), self.column_weights[own])
         self.scale[g], self.zero[g] = found
 
-    def round_block(self, start: int, stop: int, group_of: list[int]) -> Tensor:
-        """Round columns start..stop; returns their scaled errors (stop - start, N)."""
-        U = self.U[start:stop, start:stop].contiguous()
-        columns = self.columns[start:stop]
-        errors = torch.empty_like(columns)
-        inverse_pivot = (1 / U.diagonal()).tolist()
-        qmax = self.scheme.qmax
-        for i in range(stop - start):
-            g = group_of[start + i]
-            w, scale, zero = columns[i], self.scale[g], self.zero[g]
-            code = w.div(scale).round_().add_(zero).clamp_(0, qmax)
-            self.codes[start + i] = code
-            error = torch.sub(w, code.sub_(zero).mul_(scale), out=errors[i])
-            error.mul_(inverse_pivot[i])
-            columns[i + 1 :].addr_(U[i, i + 1 :], error, alpha=-1)
-        return errors
+    def nearest(self, number: int, wanted: Tensor) -> Tensor:
+        """Round the column `number` of the pass (N,)."""
+        g = self.group[number]
+        scale, zero = self.scale[g], self.zero[g]
+        code = wanted.div_(scale).round_().add_(zero).clamp_(0, self.scheme.qmax)
+        self.codes[number] = code
+        return code.sub_(zero).mul_(scale)

@@ -26,7 +26,8 @@ def tried_grid(
 
     Args:
         columns: float32 (G, N), as they are when the group is reached.
-        U: float32 (G, G), the group's diagonal block of the factor of H^-1, see `gptq`.
+        U: float32 (G, G), the inverse of the group's diagonal block of the factor of H, which is
+            the block of the factor of H^-1.
         scheme: the number format.
         dtype: the dtype in which scales are stored.
         count: how many grids of the search are tried, each as it is and with its scale refitted.
