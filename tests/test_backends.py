@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from llmq import backends
-from llmq.backends import BACKENDS, CPU_INT4, TORCH
+from llmq.backends import BACKENDS, CPU_INT4, TORCH, base
 from llmq.errors import BackendError
 from llmq.nn import PackedLinear
 from llmq.scheme import BITS, QuantScheme, grouped, minmax_grid, round_to_grid
@@ -63,7 +63,7 @@ def test_dequantize_is_bitwise_the_definition(scheme):
 def test_dequantize_in_slabs_is_the_same(monkeypatch):
     layer = packed(QuantScheme(4, 32, False), 40, 256)
     whole = backends.dequantize(layer, torch.bfloat16)
-    monkeypatch.setattr(backends.base, "SLAB", 7 * 256)  # 40 rows: five slabs and a rest
+    monkeypatch.setattr(base, "SLAB", 7 * 256)  # 40 rows: five slabs and a rest
     assert torch.equal(backends.dequantize(layer, torch.bfloat16), whole)
 
 
