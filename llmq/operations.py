@@ -11,12 +11,12 @@ BLOCK = 128  # columns that are rounded one by one, see `solvers.babai`
 CANDIDATES = {True: 22, False: 43}  # grids of a search, with a symmetric scheme or zero points
 REFITS = 3  # of a scale, see `solvers.grid`
 NEAR = 8  # more scales that are tried, see `solvers.trials`
-# Numbers that are visited per weight where many small things are done: copies in another order,
-# bytes from and to floats, grids that are prepared. Measured, like the two in `_factor` and
-# `_shift`, where small triangles are slower than the products that they are counted as.
-COPIES = 265
-BOOKS = 700  # for k-means and for what is looked up
-LOOKS = 100
+# Numbers that are visited per weight where many small things are done. These, and the constants in
+# `_factor` and `_matching`, where small triangles are slower than products, were found by timing
+# the parts on one CPU; `benchmarks/plan_grid.py` checks their sum.
+COPIES = 265  # in another order, and grids that are prepared
+BOOKS = 700  # k-means, and what is looked up; not timed
+LOOKS = 100  # at the error of a layer: bytes to floats, differences
 BROADCAST = 1.8  # times as slow as a plain operation are those of solvers, of two or three operands
 
 
@@ -37,9 +37,7 @@ def operations(shape: Shape, job: Job) -> dict[str, float]:
         _solving(total, g, job)
         N, K, E = g.rows, g.columns, g.experts
         total["float32"] += 2.5 * E * N * K * K  # the error of the layer
-        total["elements"] += (
-            (LOOKS + 40) * E * N * K
-        )  # and rounding for the gate, packing, comparing
+        total["elements"] += (LOOKS + 40) * E * N * K  # and rounding for the gate, packing
         total["steps"] += 2000 + 200 * E
     pairs = job.tokens * job.window * shape.hidden * 4 * passes
     total["float32" if shape.eager else "model"] += pairs
