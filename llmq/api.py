@@ -17,14 +17,13 @@ from typing import Any
 from torch import nn
 
 from llmq import hf, ranks
-from llmq.codebook import number_format
 from llmq.errors import SchemeError
 from llmq.hf.saving import original_folder
 from llmq.hf.streaming import StoredModel
 from llmq.inputs import read_calibration, windows_for
 from llmq.journal import Workplace, workplace
 from llmq.ladder import chosen, in_scheme
-from llmq.mixing import allocated, average_for_size, is_mixed, parse_size, uniform_width
+from llmq.mixing import allocated, average_for_size, common_format, is_mixed, parse_size
 from llmq.origin import command, origin, public_name
 from llmq.pipeline import Run, begin, outcome, preflight, publish, solve
 from llmq.sensitivity import WIDTHS
@@ -119,10 +118,7 @@ def quantize(
         raise SchemeError(f"activations={activations!r}: use memory or disk.")
     method, recipe = chosen(method, quality)
     mixed = mixed or target_size is not None
-    if codebook and is_mixed(bits, mixed):
-        raise SchemeError("Code books have one width for all layers: give whole bits.")
-    width = uniform_width(bits, mixed)
-    scheme = number_format(width, group_size, symmetric, codebook, outliers)
+    scheme = common_format(bits, mixed, group_size, symmetric, codebook, outliers)
     recipe = dataclasses.replace(
         in_scheme(recipe, scheme), skip=tuple(skip), lm_head=lm_head, embeddings=embeddings
     )

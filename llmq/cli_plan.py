@@ -48,7 +48,12 @@ def plan(
     seq_len: SeqLen = None,
     lm_head: Annotated[bool, typer.Option("--lm-head/--no-lm-head")] = False,
     embeddings: Annotated[int | None, typer.Option(metavar="BITS")] = None,
+    codebook: Annotated[str | None, typer.Option(metavar="BOOK")] = None,
+    outliers: Annotated[float, typer.Option(metavar="SHARE")] = 0.0,
     skip: Skip = None,
+    ranks: Annotated[
+        int, typer.Option(min=1, help="Processes that torchrun shall start; memory is of each.")
+    ] = 1,
     tensor_parallel: Annotated[
         str, typer.Option(metavar="N,N...", help="GPUs that shall share the result.")
     ] = "1,2,4,8",
@@ -74,7 +79,10 @@ def plan(
         device=device,
         lm_head=lm_head,
         embeddings=embeddings,
+        codebook=codebook,
+        outliers=outliers,
         skip=skip or (),
+        processes=ranks,
         tensor_parallel=numbers("--tensor-parallel", tensor_parallel),
         out=out,
     )

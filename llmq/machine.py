@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -52,7 +53,7 @@ def free_disk(folder: str | os.PathLike[str]) -> int:
 
 def speeds(device: str, dtype: torch.dtype) -> dict[str, float]:
     """Seconds for one unit of each kind of work in `needs.operations`; takes less than a second."""
-    x = torch.rand(1 << 18, device=device)
+    x = torch.rand(1 << 20, device=device)  # as many as a search of grids works on at once
     row, short = torch.rand(8, 64, device=device), torch.rand(64, device=device)
     data = bytes(1 << 21)
 
@@ -84,16 +85,19 @@ def _product(size: int, dtype: torch.dtype, device: str) -> tuple[Callable[[], o
 
 
 def _seconds(run: Callable[[], object], device: str) -> float:
-    """Of the fastest of the runs that a tenth of a second has room for, three at least.
+    """The median of the runs that a tenth of a second has room for, three at least.
 
-    On a busy machine most runs wait for a core; the fastest one is the one that did not.
+    On a busy machine a run may wait for a core: on a CPU, where that can be told (one thread), what
+    it waited does not count.
     """
     run()  # warms up
     times: list[float] = []
     while len(times) < 3 or (sum(times) < 0.1 and len(times) < 100):
-        start = time.perf_counter()
+        start, worked = time.perf_counter(), time.process_time()
         run()
         if device.startswith("cuda"):
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
-    return min(times)
+        if device == "cpu":
+            times[-1] = min(times[-1], time.process_time() - worked)
+    return statistics.median(times)

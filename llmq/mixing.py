@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from llmq import plan
+from llmq.codebook import number_format
 from llmq.errors import SchemeError
 from llmq.recipe import Recipe, input_widths, quantizable
-from llmq.scheme import BITS, check_groups
+from llmq.scheme import BITS, QuantScheme, check_groups
 from llmq.sensitivity import Sensitivity, allocation, predicted, sensitivities
 from llmq.source import open_model
 from llmq.stored import Header
@@ -39,6 +40,24 @@ def uniform_width(bits: float, mixed: bool) -> int:
 def is_mixed(bits: float, mixed: bool) -> bool:
     """Whether widths are to be allocated: asked for, or `bits` is no whole number."""
     return mixed or bits % 1 != 0
+
+
+def common_format(
+    bits: float,
+    mixed: bool,
+    group_size: int,
+    symmetric: bool,
+    book: str | None,
+    outliers: float,
+) -> QuantScheme:
+    """The number format of all matrices, or, before widths are allocated, of one of them.
+
+    Raises:
+        SchemeError: see `number_format`; or a code book and an average of bits.
+    """
+    if book and is_mixed(bits, mixed):
+        raise SchemeError("Code books have one width for all layers: give whole bits.")
+    return number_format(uniform_width(bits, mixed), group_size, symmetric, book, outliers)
 
 
 def parse_size(text: str | int) -> int:

@@ -99,7 +99,8 @@ def _solving(shape: Shape, job: Job, index: int) -> Iterator[Phase]:
     tall = shape.itemsize * matrix
     # Afterwards: a slice of values and errors in float32; or one matrix of codes becomes weights.
     after = tall + matrix + max(24 * min(SLICE, matrix), _values(g, shape.itemsize))
-    work = {"second moments": held, "solver": max(solver(g, job, shape.itemsize), after)}
+    solving = solver(g.share(job.processes), job, shape.itemsize)
+    work = {"second moments": held, "solver": max(solving, after)}
     yield Phase("solving", {**fixed, **work}, {}, source)
 
 
@@ -109,11 +110,12 @@ def solver(g: Group, job: Job, itemsize: int) -> int:
     tall = itemsize * matrix
     if job.kind in ("rtn", "grid"):
         return tall + matrix + 24 * TRIALS
-    wide = g.rows * (g.columns if job.group == -1 else job.group)  # weights of one column of groups
-    updated = 0 if job.group == -1 else 8 * wide  # and what is lost for them
-    search = 4 * wide + updated + 4 * 4 * max(TRIALS, wide)
+    inside = g.rows * (128 if job.group == -1 else job.group)  # weights that are rounded in a row
+    search = 8 * inside + 5 * 4 * TRIALS
     # The factor while it is made; then that, columns and codes.
     making = square + _panels(g.columns) + tall
+    if job.kind == "book":  # codes before and after, outliers, and in the end what was lost
+        return max(making, square + tall + 12 * matrix)
     pass_over = max(making, square + tall + 5 * matrix + max(search, 2 * matrix))
     if job.kind == "gptq":
         return pass_over

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-from llmq.needs import JUDGED, tuning_piece
-from llmq.sizes import Job, Shape
+from llmq.needs import JUDGED, TRIALS, tuning_piece
+from llmq.sizes import Group, Job, Shape
 
+KINDS = ("model", "float32", "float64", "elements", "steps", "bytes")
 SWEEPS = 5  # of coordinate descent
+BLOCK = 128  # columns that are rounded one by one, see `solvers.babai`
+CANDIDATES = {True: 22, False: 43}  # grids of a search, with a symmetric scheme or zero points
+REFITS = 3  # of a scale, see `solvers.grid`
+NEAR = 8  # more scales that are tried, see `solvers.trials`
+# Numbers that are visited per weight where many small things are done. These, and the constants in
+# `_factor` and `_matching`, where small triangles are slower than products, were found by timing
+# the parts on one CPU; `benchmarks/plan_grid.py` checks their sum.
+COPIES = 265  # in another order, and grids that are prepared
+BOOKS = 700  # k-means, and what is looked up; not timed
+LOOKS = 100  # at the error of a layer: bytes to floats, differences
+BROADCAST = 1.8  # times as slow as a plain operation are those of solvers, of two or three operands
 
 
 def operations(shape: Shape, job: Job) -> dict[str, float]:
@@ -15,35 +27,17 @@ def operations(shape: Shape, job: Job) -> dict[str, float]:
     these; "elements": numbers that elementwise operations visit; "steps": single calls of torch on
     little data; "bytes": of files that are read, checked or hashed.
     """
-    total = dict.fromkeys(("model", "float32", "float64", "elements", "steps", "bytes"), 0.0)
+    total: dict[str, float] = dict.fromkeys(KINDS, 0.0)
     passes = (5 if job.match else 2) + (1 if job.awq else 0) + (1 if job.lean else 0)
-    sweeps = SWEEPS if job.kind == "polished" else 0
-    for g in shape.groups:
+    for whole in shape.groups:
+        _calibrating(total, whole, job, passes)
+        g = whole.share(job.processes)
+        if job.match and g.experts == 1:
+            _matching(total, g)
+        _solving(total, g, job)
         N, K, E = g.rows, g.columns, g.experts
-        matched = job.match and E == 1
-        tokens = job.tokens * (g.active if E > 1 else 1)
-        total["model"] += 2 * N * K * (passes * tokens + 3 * JUDGED * g.active)
-        total["elements"] += job.tokens * passes * (N + 2 * K) * g.active * 4
-        total["float32"] += tokens * K * (1.25 * K + (2 * K if matched else 0))
-        if matched and N == g.widest:
-            total["float32"] += 2 * tokens * N * K
         total["float32"] += 2.5 * E * N * K * K  # the error of the layer
-        total["elements"] += 40 * E * N * K  # rounding for the gate, packing, comparing
-        if matched:
-            total["float64"] += K**3 / 3 + 2 * N * K * K
-            total["float32"] += 4 * N * K * K
-        if job.kind in ("gptq", "polished"):
-            total["float64"] += E * K**3
-            total["float32"] += E * N * K * K * (1 + 2 * sweeps)
-            total["float64"] += 2.5 * E * N * K * K if sweeps else 0
-            tried = 250 if sweeps else 0  # grids, in the ladder's recipes
-            total["elements"] += E * N * K * (270 + tried + 75 * sweeps)
-            total["steps"] += E * K * (10 + 7 * sweeps)
-        elif job.kind == "grid":
-            total["elements"] += 300 * E * N * K
-        if job.awq:
-            total["float32"] += 11 * 2 * E * N * K * K + tokens * 1.25 * K * K
-            total["elements"] += 11 * 25 * E * N * K
+        total["elements"] += (LOOKS + 40) * E * N * K  # and rounding for the gate, packing
         total["steps"] += 2000 + 200 * E
     pairs = job.tokens * job.window * shape.hidden * 4 * passes
     total["float32" if shape.eager else "model"] += pairs
@@ -53,19 +47,86 @@ def operations(shape: Shape, job: Job) -> dict[str, float]:
     total["bytes"] += 6 * shape.rest_bytes
     if job.head:
         N, K = shape.vocabulary, shape.hidden
-        total["float32"] += 1.25 * job.tokens * K * K + N * K * K * (3.5 + 2 * sweeps)
-        total["elements"] += N * K * (310 + (250 if sweeps else 0) + 75 * sweeps)
+        total["float32"] += 1.25 * job.tokens * K * K + 2.5 * N * K * K
+        _solving(total, Group(N, N, K), job)
     if job.tuning:
-        weights = shape.blocks * sum(g.active * g.rows * g.columns for g in shape.groups)
-        tokens = job.tuning * job.batch
-        # Forward, backward, both logits, and about eight looks at a sixth of the text.
-        total["float32"] += tokens * (6 * weights + 8 * shape.vocabulary * shape.hidden)
-        total["float32"] += 8 / 6 * job.tokens * (2 * weights + 4 * shape.vocabulary * shape.hidden)
-        total["elements"] += tokens / tuning_piece(shape, job) * 8 * weights
-        total["elements"] += tokens * shape.vocabulary * 12
+        _tuning(total, shape, job)
     if job.scan:
         weights = shape.blocks * sum(g.active * g.rows * g.columns for g in shape.groups)
         total["model"] += 6 * min(job.tokens, 32 * job.window) * weights
-        per_width = sum(g.weights * (g.columns + 270) for g in shape.groups)
+        per_width = sum(g.weights * (g.columns + COPIES) for g in shape.groups)
         total["float32"] += 4 * shape.blocks * per_width
     return total
+
+
+def _calibrating(total: dict[str, float], g: Group, job: Job, passes: int) -> None:
+    """Text goes through the block; second moments, and what AWQ tries on them."""
+    N, K, E = g.rows, g.columns, g.experts
+    matched = job.match and E == 1
+    tokens = job.tokens * (g.active if E > 1 else 1)
+    total["model"] += 2 * N * K * (passes * tokens + 3 * JUDGED * g.active)
+    total["elements"] += job.tokens * passes * (N + 2 * K) * g.active * 4
+    total["float32"] += tokens * K * (1.25 * K + (2 * K if matched else 0))
+    if matched and N == g.widest:
+        total["float32"] += 2 * tokens * N * K
+    if job.awq:
+        total["float32"] += 11 * 2 * E * N * K * K + tokens * 1.25 * K * K
+        total["elements"] += 11 * 25 * E * N * K
+
+
+def _matching(total: dict[str, float], g: Group) -> None:
+    """Two factors; per matrix one shift that is judged and one that is taken."""
+    N, K = g.rows, g.columns
+    total["float64"] += 2 * _factor(K) + 2 * 2 * N * K * (K + 1400)
+    total["float32"] += 10 * N * K * K
+    total["elements"] += LOOKS * N * K
+
+
+def _factor(K: int) -> float:
+    """One factor of a second moment."""
+    return K**3 / 3 + 900 * K**2
+
+
+def _solving(total: dict[str, float], g: Group, job: Job) -> None:
+    """What the solver does."""
+    N, K, E = g.rows, g.columns, g.experts
+    weights, width = E * N * K, K if job.group == -1 else job.group
+    search = COPIES + 7 * CANDIDATES[job.symmetric] + 16 * REFITS  # visits per weight
+    if job.kind == "grid":  # errors are measured with the groups' blocks of H
+        tried = CANDIDATES[job.symmetric] + 2 * REFITS
+        total["float32"] += 2 * tried * weights * width
+        total["elements"] += BROADCAST * weights * (search + 10 * tried)
+    if job.kind not in ("gptq", "polished", "book"):
+        return
+    inside = min(width, BLOCK)
+    product = weights * K * (1 + 16 / inside)  # a few rows at once are slower
+    total["float64"] += E * _factor(K)
+    total["float32"] += product + weights * inside
+    if job.kind == "book":
+        total["elements"] += BROADCAST * weights * BOOKS
+        total["steps"] += 20 * E * K
+        return
+    visits = search + 10 + inside / 2
+    total["steps"] += 10 * E * K
+    if job.trials:
+        grids = 2 * job.trials + NEAR
+        visits += 9 * REFITS * job.trials + grids * (10 + inside / 2)
+        parts = -(-2 * job.trials * width * N // TRIALS)
+        total["steps"] += 20 * E * K * parts
+    if job.kind == "polished":
+        visits += SWEEPS * (90 + inside / 2)
+        total["float32"] += SWEEPS * 2 * product
+        total["steps"] += SWEEPS * 7 * E * K
+        total["float64"] += 2.5 * weights * K  # which rows became better
+        total["elements"] += 2 * LOOKS * weights
+    total["elements"] += BROADCAST * weights * visits
+
+
+def _tuning(total: dict[str, float], shape: Shape, job: Job) -> None:
+    """Forward, backward, both logits, and about eight looks at a sixth of the text."""
+    weights = shape.blocks * sum(g.active * g.rows * g.columns for g in shape.groups)
+    tokens = job.tuning * job.batch
+    total["float32"] += tokens * (6 * weights + 8 * shape.vocabulary * shape.hidden)
+    total["float32"] += 8 / 6 * job.tokens * (2 * weights + 4 * shape.vocabulary * shape.hidden)
+    total["elements"] += tokens / tuning_piece(shape, job) * 8 * weights
+    total["elements"] += tokens * shape.vocabulary * 12

@@ -17,6 +17,7 @@ from llmq.objective import HELD_OUT
 from llmq.operations import operations
 from llmq.recipe import Recipe
 from llmq.sizes import Group, Job, Phase, Shape
+from llmq.solvers.books import Codebook
 from llmq.solvers.descent import Polished
 from llmq.solvers.gptq import GPTQ
 from llmq.solvers.rtn import RTN
@@ -24,7 +25,7 @@ from llmq.solvers.rtn import RTN
 BATCH_TOKENS = 2048  # that go through a block at once
 LATER = 40 << 20  # bytes of libraries and work space that a run still loads after planning
 UNUSED = 96 << 20  # bytes that the C library keeps at most of what was given back to it
-START = 9.0  # seconds for libraries, tokenizer, shapes and the checks of source and result
+START = 8.0  # seconds for libraries, tokenizer, shapes and the checks of source and result
 SURE = 0.85  # of an estimate: with less than this there is no doubt
 
 
@@ -55,14 +56,30 @@ def batch_windows(windows: int, window: int) -> int:
 
 
 def job(
-    recipe: Recipe, windows: int, window: int, lean: bool, scan: bool, device: str = "cpu"
+    recipe: Recipe,
+    windows: int,
+    window: int,
+    lean: bool,
+    scan: bool,
+    device: str = "cpu",
+    processes: int = 1,
 ) -> Job:
-    """What a recipe asks for, with so many calibration windows of so many tokens; see `Job`."""
+    """What a recipe asks of each process; see `Job`.
+
+    Args:
+        recipe: what shall be done.
+        windows: of calibration text, in each process.
+        window: tokens of one.
+        lean, scan, processes: see `Job`.
+        device: where.
+    """
     solver = recipe.solver
     polished = isinstance(solver, Polished)
     inner = solver.start if polished else solver
     rounding = "grid" if isinstance(inner, RTN) and inner.search else "rtn"
     kind = "polished" if polished else "gptq" if isinstance(inner, GPTQ) else rounding
+    if isinstance(solver, Codebook):
+        kind = "book" if solver.feedback else "grid"
     return Job(
         tokens=windows * window,
         window=window,
@@ -77,6 +94,9 @@ def job(
         tuning=recipe.scales.steps if recipe.scales else 0,
         ahead=device != "cpu",
         group=recipe.scheme.group_size,
+        symmetric=recipe.scheme.symmetric,
+        trials=inner.trials if isinstance(inner, GPTQ) and recipe.scheme.group_size != -1 else 0,
+        processes=processes,
     )
 
 

@@ -106,7 +106,9 @@ def preflight(run: Run, average: float | None, tell: Callable[[str], None] | Non
         tensor_headers(run.source.folder),
         recipe,
         out=run.work.out,
-        job=job(recipe, windows, seq_len, run.spill, average is not None, run.device),
+        job=job(
+            recipe, windows, seq_len, run.spill, average is not None, run.device, ranks.count()
+        ),
         device=run.device,
         average=average,
         timed=tell is not None,

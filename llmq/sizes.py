@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-Kind = Literal["rtn", "grid", "gptq", "polished"]
+Kind = Literal["rtn", "grid", "gptq", "polished", "book"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,13 @@ class Group:
     def weights(self) -> int:
         """All weights."""
         return self.experts * self.rows * self.columns
+
+    def share(self, processes: int) -> Group:
+        """What one of so many processes solves, about; see `division.divide`."""
+        if self.experts >= processes:
+            return replace(self, experts=-(-self.experts // processes))
+        rows = -(-self.rows // processes)
+        return replace(self, rows=rows, widest=min(self.widest, rows))
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,8 @@ class Job:
         tokens: of calibration text in this process.
         window: tokens of one window.
         batch: tokens that go through a block at once.
-        kind: of solver: rounding, rounding on searched grids, GPTQ, or GPTQ and descent.
+        kind: of solver: rounding, rounding on searched grids, GPTQ, GPTQ and descent, or GPTQ with
+            code books.
         match: whether the full-precision stream is carried along.
         awq: whether channels are scaled.
         lean: whether hidden states are kept in files.
@@ -77,6 +85,9 @@ class Job:
         tuning: steps of tuning all scales in the end.
         ahead: whether the next block is read while one is worked on.
         group: weights that share a scale; -1 = a row.
+        symmetric: whether there are no zero points.
+        trials: grids per group that GPTQ tries in earnest.
+        processes: that share the text and the work.
     """
 
     tokens: int
@@ -92,6 +103,9 @@ class Job:
     tuning: int = 0
     ahead: bool = False
     group: int = 128
+    symmetric: bool = True
+    trials: int = 0
+    processes: int = 1
 
 
 @dataclass(frozen=True)

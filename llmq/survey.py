@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from llmq import plan as planning
 from llmq.inputs import SEQ_LEN, read_calibration, window_length, windows_for
-from llmq.ladder import chosen
-from llmq.mixing import is_mixed, scan, uniform_width
+from llmq.ladder import chosen, in_scheme
+from llmq.mixing import common_format, is_mixed, scan
 from llmq.outlook import job
 from llmq.plan import Plan
 from llmq.recipe import Recipe
@@ -32,7 +32,10 @@ def plan(
     seq_len: int | None = None,
     lm_head: bool = False,
     embeddings: int | None = None,
+    codebook: str | None = None,
+    outliers: float = 0.0,
     skip: Sequence[str] = (),
+    processes: int = 1,
     tensor_parallel: Sequence[int] = (1,),
     activations: str = "memory",
     device: str = "auto",
@@ -43,8 +46,9 @@ def plan(
     Args:
         src: folder or Hub name of a full-precision causal language model.
         quality, method, bits, mixed, group_size, symmetric, samples, seq_len, lm_head, embeddings,
-            skip, activations, device: as for `quantize`. The size at an average of bits is an
-            estimate.
+            codebook, outliers, skip, activations, device: as for `quantize`. The size at an average
+            of bits is an estimate.
+        processes: that torchrun shall start; memory is that of each of them.
         tensor_parallel: numbers of GPUs that shall share the result.
         out: where it shall be written; its disk is asked for room.
 
@@ -52,15 +56,16 @@ def plan(
         LlmqError: see `llmq.errors`.
     """
     method, recipe = chosen(method, quality)
-    scheme = QuantScheme(uniform_width(bits, mixed), group_size, symmetric)
+    scheme = common_format(bits, mixed, group_size, symmetric, codebook, outliers)
     recipe = dataclasses.replace(
-        recipe, scheme=scheme, skip=tuple(skip), lm_head=lm_head, embeddings=embeddings
+        in_scheme(recipe, scheme), skip=tuple(skip), lm_head=lm_head, embeddings=embeddings
     )
     where = pick_device(device)
     name, config = open_original(src)
     average = float(bits) if is_mixed(bits, mixed) else None
     seq_len = window_length(config, seq_len, SEQ_LEN)
-    windows = windows_for(method, samples)
+    windows = -(-windows_for(method, samples) // processes)
+    lean, mix = activations == "disk", average is not None
     return planning.make(
         name,
         config,
@@ -68,7 +73,7 @@ def plan(
         recipe,
         ranks=tensor_parallel,
         out=out,
-        job=job(recipe, windows, seq_len, activations == "disk", average is not None, where),
+        job=job(recipe, windows, seq_len, lean, mix, where, processes),
         device=where,
         average=average,
     )

@@ -22,7 +22,7 @@ from torch import Tensor
 from llmq.factor import factor, inverted
 from llmq.scheme import QuantizedWeight, QuantScheme, grouped, minmax_grid
 from llmq.solvers.babai import BLOCK, Pass
-from llmq.solvers.grid import by_column, search_grid
+from llmq.solvers.grid import AT_ONCE, by_column, search_grid
 from llmq.solvers.trials import tried_grid
 
 Order = Literal["group", "static", "none"]
@@ -144,7 +144,9 @@ class _Run:
             U = inverted(self.babai.R[own, own])
             found = tried_grid(columns, U, self.scheme, self.dtype, self.trials)
         else:
-            found = self.grid(columns.T.contiguous(), self.column_weights[own])
+            weights, step = self.column_weights[own], max(1, AT_ONCE // self.width)
+            parts = [self.grid(p.T.contiguous(), weights) for p in columns.split(step, dim=1)]
+            found = (torch.cat(values) for values in zip(*parts, strict=True))
         self.scale[g], self.zero[g] = found
 
     def nearest(self, number: int, wanted: Tensor) -> Tensor:
