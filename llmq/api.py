@@ -17,14 +17,14 @@ from typing import Any
 from torch import nn
 
 from llmq import hf, ranks
-from llmq.codebook import number_format
 from llmq.errors import SchemeError
 from llmq.hf.saving import original_folder
 from llmq.hf.streaming import StoredModel
 from llmq.inputs import read_calibration, windows_for
 from llmq.journal import Workplace, workplace
-from llmq.ladder import chosen, in_scheme
+from llmq.ladder import chosen, in_scheme, with_plain_rows
 from llmq.mixing import allocated, average_for_size, is_mixed, parse_size, uniform_width
+from llmq.number_formats import number_format
 from llmq.origin import command, origin, public_name
 from llmq.pipeline import Run, begin, outcome, preflight, publish, solve
 from llmq.sensitivity import WIDTHS
@@ -62,6 +62,7 @@ def quantize(
     embeddings: int | None = None,
     codebook: str | None = None,
     outliers: float = 0.0,
+    k_quants: bool = False,
     skip: Sequence[str] = (),
     device: str = "auto",
     seed: int = 0,
@@ -95,6 +96,10 @@ def quantize(
         codebook: "nf4" or "learned" (a table per row) instead of integers, see `llmq.codebook`;
             only llmq loads the result.
         outliers: with a code book: share of every row's weights that is kept beside it.
+        k_quants: solve in the super-blocks of llama.cpp, Q2_K to Q6_K by `bits`, which
+            `llmq convert --format gguf` then writes as they are, see `llmq.superblocks`. Group
+            size and symmetry are those of the kind. Matrices whose rows are no multiple of 256
+            get 4 symmetric bits in groups of 32 (5 with 5 bits, 8 with 6).
         skip: patterns of linears to leave in full precision: a module name or the end of one,
             with shell wildcards ("down_proj", "model.layers.0.*").
         device: where blocks are calibrated and solved; "auto" = the GPU if there is one.
@@ -119,10 +124,10 @@ def quantize(
         raise SchemeError(f"activations={activations!r}: use memory or disk.")
     method, recipe = chosen(method, quality)
     mixed = mixed or target_size is not None
-    if codebook and is_mixed(bits, mixed):
-        raise SchemeError("Code books have one width for all layers: give whole bits.")
+    if (codebook or k_quants) and is_mixed(bits, mixed):
+        raise SchemeError("Code books and K-quants have one width for all layers: give whole bits.")
     width = uniform_width(bits, mixed)
-    scheme = number_format(width, group_size, symmetric, codebook, outliers)
+    scheme = number_format(width, group_size, symmetric, codebook, outliers, k_quants)
     recipe = dataclasses.replace(
         in_scheme(recipe, scheme), skip=tuple(skip), lm_head=lm_head, embeddings=embeddings
     )
@@ -144,6 +149,9 @@ def quantize(
             headers = source_headers(name)
             bits = average_for_size(parse_size(target_size), name, config, headers, recipe)
         source, kl = StoredModel(original_folder(name)), None
+        recipe, line = with_plain_rows(recipe, source.model)
+        if line and tell and ranks.number() == 0:
+            tell(line)
         average = float(bits) if is_mixed(bits, mixed) else None
         run = Run(name, config, source, method, recipe, text, where, work, activations == "disk")
         preflight(run, average, tell)
@@ -161,12 +169,13 @@ def quantize(
             "method": method,
             "bits": bits if bits % 1 else int(bits),
             "predicted_kl": kl,
-            "group_size": group_size,
-            "symmetric": symmetric,
+            "group_size": scheme.group_size,
+            "symmetric": scheme.symmetric,
             "lm_head": lm_head,
             "embeddings": embeddings,
             "codebook": codebook,
             "outliers": outliers,
+            "k_quants": getattr(scheme, "kind", None),
             "skip": list(skip),
             "calibration": text.told,
             "seconds": time.perf_counter() - start,

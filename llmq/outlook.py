@@ -20,6 +20,7 @@ from llmq.sizes import Group, Job, Phase, Shape
 from llmq.solvers.descent import Polished
 from llmq.solvers.gptq import GPTQ
 from llmq.solvers.rtn import RTN
+from llmq.solvers.superblocks import OnSuperBlocks
 
 BATCH_TOKENS = 2048  # that go through a block at once
 LATER = 40 << 20  # bytes of libraries and work space that a run still loads after planning
@@ -59,6 +60,8 @@ def job(
 ) -> Job:
     """What a recipe asks for, with so many calibration windows of so many tokens; see `Job`."""
     solver = recipe.solver
+    if isinstance(solver, OnSuperBlocks):  # which takes a little more
+        solver = solver.plain
     polished = isinstance(solver, Polished)
     inner = solver.start if polished else solver
     rounding = "grid" if isinstance(inner, RTN) and inner.search else "rtn"
