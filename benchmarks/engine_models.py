@@ -32,8 +32,8 @@ from llmq.source import open_tokenizer
 SCHEMES = {  # layout -> bits, symmetric
     "GGUF Q4_1": (4, False),
     "GGUF Q8_0": (8, True),
-    "GGUF K-quants": (4, False),
 }
+K_QUANTS = "GGUF K-quants"
 WIDE = "llama, doubled"  # the model for K-quants
 LLAMA3 = {
     "rope_type": "llama3",
@@ -139,10 +139,10 @@ class Variants:
         self.models, self.folder = models, folder
 
     def packed(self, model: str, layout: str) -> Path:
-        """What llmq quantized, in compressed-tensors."""
+        """What llmq quantized, in compressed-tensors, or in the super-blocks of Q4_K."""
         bits, symmetric = SCHEMES.get(layout, (4, True))
-        source = self.models[model]
-        name = f"{model}-{bits}{'s' if symmetric else 'a'}"
+        source, k_quants = self.models[model], layout == K_QUANTS
+        name = f"{model}-{bits}{'k' if k_quants else 's' if symmetric else 'a'}"
         out = self.folder / name.replace(" ", "").replace(",", "-")
         if not out.exists():
             llmq.quantize(
@@ -152,6 +152,7 @@ class Variants:
                 bits=bits,
                 symmetric=symmetric,
                 group_size=32,
+                k_quants=k_quants,
                 samples=32,
                 skip=skipped(source),
             )
@@ -164,8 +165,8 @@ class Variants:
         if layout == "compressed-tensors":
             return packed
         if not out.exists():
-            if layout == "GGUF K-quants":
-                write_gguf(packed, out, embeddings="q6_k", k_quants=True)
+            if layout == K_QUANTS:
+                write_gguf(packed, out, embeddings="q6_k")
             elif layout.startswith("GGUF"):
                 write_gguf(packed, out)
             else:

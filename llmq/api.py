@@ -22,7 +22,7 @@ from llmq.hf.saving import original_folder
 from llmq.hf.streaming import StoredModel
 from llmq.inputs import read_calibration, windows_for
 from llmq.journal import Workplace, workplace
-from llmq.ladder import chosen, in_scheme
+from llmq.ladder import chosen, in_scheme, with_plain_rows
 from llmq.mixing import allocated, average_for_size, common_format, is_mixed, parse_size
 from llmq.origin import command, origin, public_name
 from llmq.pipeline import Run, begin, outcome, preflight, publish, solve
@@ -61,6 +61,7 @@ def quantize(
     embeddings: int | None = None,
     codebook: str | None = None,
     outliers: float = 0.0,
+    k_quants: bool = False,
     skip: Sequence[str] = (),
     device: str = "auto",
     seed: int = 0,
@@ -94,6 +95,10 @@ def quantize(
         codebook: "nf4" or "learned" (a table per row) instead of integers, see `llmq.codebook`;
             only llmq loads the result.
         outliers: with a code book: share of every row's weights that is kept beside it.
+        k_quants: solve in the super-blocks of llama.cpp, Q2_K to Q6_K by `bits`, which
+            `llmq convert --format gguf` then writes as they are, see `llmq.superblocks`. Group
+            size and symmetry are those of the kind. Matrices whose rows are no multiple of 256
+            get 4 symmetric bits in groups of 32 (5 with 5 bits, 8 with 6).
         skip: patterns of linears to leave in full precision: a module name or the end of one,
             with shell wildcards ("down_proj", "model.layers.0.*").
         device: where blocks are calibrated and solved; "auto" = the GPU if there is one.
@@ -118,7 +123,7 @@ def quantize(
         raise SchemeError(f"activations={activations!r}: use memory or disk.")
     method, recipe = chosen(method, quality)
     mixed = mixed or target_size is not None
-    scheme = common_format(bits, mixed, group_size, symmetric, codebook, outliers)
+    scheme = common_format(bits, mixed, group_size, symmetric, codebook, outliers, k_quants)
     recipe = dataclasses.replace(
         in_scheme(recipe, scheme), skip=tuple(skip), lm_head=lm_head, embeddings=embeddings
     )
@@ -140,6 +145,9 @@ def quantize(
             headers = source_headers(name)
             bits = average_for_size(parse_size(target_size), name, config, headers, recipe)
         source, kl = StoredModel(original_folder(name)), None
+        recipe, line = with_plain_rows(recipe, source.model)
+        if line and tell and ranks.number() == 0:
+            tell(line)
         average = float(bits) if is_mixed(bits, mixed) else None
         run = Run(name, config, source, method, recipe, text, where, work, activations == "disk")
         preflight(run, average, tell)
@@ -157,12 +165,13 @@ def quantize(
             "method": method,
             "bits": bits if bits % 1 else int(bits),
             "predicted_kl": kl,
-            "group_size": group_size,
-            "symmetric": symmetric,
+            "group_size": scheme.group_size,
+            "symmetric": scheme.symmetric,
             "lm_head": lm_head,
             "embeddings": embeddings,
             "codebook": codebook,
             "outliers": outliers,
+            "k_quants": getattr(scheme, "kind", None),
             "skip": list(skip),
             "calibration": text.told,
             "seconds": time.perf_counter() - start,

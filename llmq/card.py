@@ -69,7 +69,8 @@ def _metadata(
         known |= {"base_model": base, "base_model_relation": "quantized"}
     if results:
         known |= {"eval_results": results, "model_name": repo.rpartition("/")[2]}
-    stored = "codebook" if report.get("codebook") else "compressed-tensors"
+    special = report.get("k_quants") or ("codebook" if report.get("codebook") else None)
+    stored = special or "compressed-tensors"
     tags = ["llmq", stored, report["method"], f"{report['bits']}-bit"]
     return ModelCardData(
         library_name="transformers", pipeline_tag="text-generation", tags=tags, **known
@@ -120,6 +121,8 @@ def _format(report: Mapping[str, Any]) -> str:
         kind = "NF4" if book == "nf4" else f"a learned table of {bits} bits per row"
         share = report["outliers"]
         return f"{kind}, {groups}" + (f", {share:.2%} of the weights beside it" if share else "")
+    if kind := report.get("k_quants"):
+        return f"super-blocks of llama.cpp ({kind})"
     return f"{bits} bits in {groups}, {'symmetric' if report['symmetric'] else 'with zero points'}"
 
 
@@ -196,6 +199,9 @@ def _loading(repo: str, report: Mapping[str, Any]) -> str:
     if report.get("codebook"):
         why = "Only llmq reads its code books: transformers alone, vLLM and llama.cpp do not."
         return "\n\n".join([packed, why, more])
+    if report.get("k_quants"):
+        why = "Transformers alone and vLLM do not read its super-blocks."
+        return "\n\n".join([packed, why, _llama_cpp(repo, report), more])
     stock = (
         "Without llmq, with the package `compressed-tensors`:\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM\n\n"

@@ -103,6 +103,10 @@ def quantize(
     outliers: Annotated[
         float, typer.Option(help="With a code book: share of weights kept beside it, as 0.005.")
     ] = 0.0,
+    k_quants: Annotated[
+        bool,
+        typer.Option("--k-quants", help="Solve in Q2_K to Q6_K (by --bits), for llama.cpp."),
+    ] = False,
     skip: Skip = None,
     device: Device = "auto",
     seed: Seed = 0,
@@ -151,6 +155,7 @@ def quantize(
         embeddings=embeddings,
         codebook=codebook,
         outliers=outliers,
+        k_quants=k_quants,
         skip=skip or (),
         device=device,
         seed=seed,

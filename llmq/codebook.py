@@ -10,10 +10,8 @@ reads them, and llmq has no kernel for them: weights are looked up, then multipl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,7 +97,7 @@ class CodebookWeight(QuantizedWeight):
     index: Tensor = None  # type: ignore[assignment]
     value: Tensor = None  # type: ignore[assignment]
 
-    def rows(self, rows: slice) -> CodebookWeight:
+    def rows(self, rows: slice | Tensor) -> CodebookWeight:
         base = super().rows(rows)
         assert isinstance(base, CodebookWeight)
         book = self.book if len(self.book) == 1 else self.book[rows]
@@ -136,26 +134,3 @@ def nearest(x: Tensor, book: Tensor) -> Tensor:
 def nf4(device: torch.device | str | None = None) -> Tensor:
     """The table of NF4, float32 (1, 16)."""
     return torch.tensor([NF4], device=device)
-
-
-def scheme_from(entry: Mapping[str, Any]) -> QuantScheme:
-    """The scheme of which `entry` holds the fields, such as one layer of a report."""
-    plain = (entry["bits"], entry["group_size"], entry["symmetric"])
-    if "book" not in entry:
-        return QuantScheme(*plain)
-    return CodebookScheme(*plain, book=entry["book"], outliers=entry["outliers"])
-
-
-def number_format(
-    bits: int, group_size: int, symmetric: bool, book: str | None, outliers: float
-) -> QuantScheme:
-    """Integers, or a code book if one is named.
-
-    Raises:
-        SchemeError: see the classes; or outliers without a code book.
-    """
-    if book is not None:
-        return CodebookScheme(bits, group_size, symmetric, book=book, outliers=outliers)
-    if outliers:
-        raise SchemeError(f"outliers={outliers}: only beside a code book (--codebook).")
-    return QuantScheme(bits, group_size, symmetric)

@@ -26,6 +26,7 @@ from llmq.output import staged_folder, writing
 from llmq.progress import progress_bar
 from llmq.report import REPORT_FILE
 from llmq.scheme import QuantizedWeight, QuantScheme
+from llmq.superblocks import SuperBlockScheme
 
 TARGETS = (compressed_tensors.METHOD, gptq.METHOD, awq.METHOD)
 
@@ -168,6 +169,12 @@ def _check_holds(opened: Opened, target: str) -> None:
     Raises:
         SchemeError: names the module.
     """
+    for name, scheme in opened.schemes.items():
+        if isinstance(scheme, SuperBlockScheme):
+            raise SchemeError(
+                f"{target} cannot hold {name}: it is in super-blocks ({scheme.kind}), which only "
+                "GGUF has. Use --format gguf, or quantize the original again without --k-quants."
+            )
     if reason := _reason(opened, target):
         others = [f for f in TARGETS if f != target and _reason(opened, f) is None]
         raise SchemeError(f"{target} cannot hold {reason}. Use --format {' or '.join(others)}.")

@@ -12,6 +12,7 @@ from llmq.gguf_metadata import ARCHITECTURES
 from llmq.nn import STACKS
 from llmq.recipe import Recipe
 from llmq.scheme import QuantScheme
+from llmq.superblocks import SuperBlockScheme
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ def engines(
         why = "it has no place for these code books: leave --codebook away"
         own = Engine("llmq (transformers with llmq)", True, "looked up, then multiplied densely")
         return [own, *(Engine(name, False, why) for name in others)]
+    if any(isinstance(scheme, SuperBlockScheme) for scheme in schemes):
+        return _of_super_blocks(getattr(model.config, "model_type", ""))
     symmetric = all(s.symmetric for s in schemes)
     widths = sorted({s.bits for s in schemes})
     common = all(bits in (4, 8) for bits in widths)
@@ -80,6 +83,17 @@ def _llama_cpp(family: str, schemes: set[QuantScheme]) -> Engine:
     if any(scheme.bits == 8 and not scheme.symmetric for scheme in schemes):
         return Engine("llama.cpp", False, "no block of GGUF holds 8 bits with zero points")
     return Engine("llama.cpp", True, "after llmq convert --format gguf")
+
+
+def _of_super_blocks(family: str) -> list[Engine]:
+    own = Engine("llmq (transformers with llmq)", True, "unpacked, then multiplied densely")
+    loads = family in ARCHITECTURES
+    why = "after llmq convert --format gguf, the same weights"
+    if not loads:
+        why = f"llmq writes GGUF for {', '.join(ARCHITECTURES)}"
+    others = ("stock transformers", "vLLM", "SGLang")
+    refused = "it has no place for super-blocks: leave --k-quants away"
+    return [own, Engine("llama.cpp", loads, why), *(Engine(n, False, refused) for n in others)]
 
 
 def _plain(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -36,7 +36,7 @@ FILE = "model.gguf"
 Embeddings = Literal["f16", "q8_0", "q6_k"]
 _EMBEDDINGS = ("token_embd.weight", "output.weight")
 # llama.cpp's name for a file most matrices of which are of a type
-_FILE_TYPES = {"Q3_K": "MOSTLY_Q3_K_S", "Q4_K": "MOSTLY_Q4_K_S"}
+_FILE_TYPES = {"Q3_K": "MOSTLY_Q3_K_S", "Q4_K": "MOSTLY_Q4_K_S", "Q5_K": "MOSTLY_Q5_K_S"}
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,9 @@ def write_gguf(
         out: folder to create; must be absent or empty.
         embeddings: type of the embeddings, and of the output layer if it is not quantized: "f16",
             or rounded to nearest in "q8_0" (8.5 bits per weight) or "q6_k" (6.6).
-        k_quants: store 2 bits, symmetric 3 and asymmetric 4 bits in Q2_K, Q3_K and Q4_K: smaller,
-            codes as they are, scales rounded (see `formats.kquants`).
+        k_quants: store 2 bits, symmetric 3, asymmetric 4 and 5 bits in Q2_K to Q5_K: smaller,
+            codes as they are, scales rounded (see `formats.kquants`). What was quantized with
+            `k_quants` is in them already and stays as it is.
         progress: show a bar on standard error if that is a terminal.
 
     Raises:
@@ -183,7 +184,7 @@ def _entries(
     def packed(module: str, kind: layout.BlockType, order: Tensor | None) -> np.ndarray:
         q = opened.read(module)
         if order is not None:
-            q = replace(q, codes=q.codes[order], scale=q.scale[order], zero=q.zero[order])
+            q = q.rows(order)
         found, change = layout.blocks(q, kind)
         lost.matrices.append(change)
         if not change:

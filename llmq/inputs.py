@@ -24,6 +24,7 @@ from llmq.origin import public_name
 from llmq.recipe import Recipe
 from llmq.scheme import QuantScheme
 from llmq.source import context_length
+from llmq.superblocks import SuperBlockScheme
 from llmq.text import Source, describe
 from llmq.verify import fingerprint
 
@@ -135,8 +136,8 @@ def share(windows: Tensor, recipe: Recipe) -> Tensor:
         SchemeError: the recipe needs all of them in one process.
     """
     processes = ranks.count()
-    if processes > 1 and isinstance(recipe.scheme, CodebookScheme):
-        raise SchemeError("Code books are made in one process: use one, or integers.")
+    if processes > 1 and isinstance(recipe.scheme, CodebookScheme | SuperBlockScheme):
+        raise SchemeError("Code books and K-quants are made in one process: use one, or integers.")
     if processes > 1 and recipe.awq:
         raise SchemeError("AWQ looks at all hidden states: use one process, or another method.")
     if processes > 1 and (recipe.scales or recipe.block):

@@ -18,15 +18,19 @@ from __future__ import annotations
 
 import dataclasses
 
+from torch import nn
+
 from llmq.codebook import CodebookScheme
 from llmq.errors import SchemeError
-from llmq.recipe import Recipe
+from llmq.recipe import Recipe, input_widths, quantizable
 from llmq.scheme import QuantScheme
 from llmq.solvers.awq import AWQ
 from llmq.solvers.books import Codebook
 from llmq.solvers.descent import Polished
 from llmq.solvers.gptq import GPTQ
 from llmq.solvers.rtn import RTN
+from llmq.solvers.superblocks import OnSuperBlocks
+from llmq.superblocks import SuperBlockScheme
 from llmq.tuning import ScaleTuning
 
 METHODS = {
@@ -41,6 +45,8 @@ QUALITIES = {
     "best": Recipe(solver=Polished(), match=True, scales=ScaleTuning()),
 }
 DEFAULT = "balanced"
+# Bits of super-blocks -> those of rows that are none: Q4_0, Q5_0 or Q8_0 in GGUF, exactly.
+PLAIN_BITS = {2: 4, 3: 4, 4: 4, 5: 5, 6: 8}
 
 
 def chosen(method: str | None, quality: str | None) -> tuple[str, Recipe]:
@@ -60,7 +66,7 @@ def chosen(method: str | None, quality: str | None) -> tuple[str, Recipe]:
 
 
 def in_scheme(recipe: Recipe, scheme: QuantScheme) -> Recipe:
-    """`recipe` for another number format; for a code book with the solver that makes one.
+    """`recipe` for another number format, with the solver that makes it.
 
     Raises:
         SchemeError: a recipe that knows integers only.
@@ -73,4 +79,51 @@ def in_scheme(recipe: Recipe, scheme: QuantScheme) -> Recipe:
             )
         rounded = isinstance(recipe.solver, RTN)
         recipe = dataclasses.replace(recipe, solver=Codebook(feedback=not rounded))
+    if isinstance(scheme, SuperBlockScheme):
+        if recipe.awq or recipe.scales:
+            raise SchemeError(
+                "K-quants are made by --quality fast or balanced and --method rtn or gptq: the "
+                "others scale channels or tune scales of plain integers."
+            )
+        plain = recipe.solver
+        sweeps = plain.sweeps if isinstance(plain, Polished) else 0
+        own = OnSuperBlocks(plain, feedback=not isinstance(plain, RTN), sweeps=sweeps)
+        recipe = dataclasses.replace(recipe, solver=own)
     return dataclasses.replace(recipe, scheme=scheme)
+
+
+def with_plain_rows(recipe: Recipe, model: nn.Module) -> tuple[Recipe, str | None]:
+    """`recipe` with a plain scheme for matrices whose rows are no whole super-blocks.
+
+    Returns:
+        also a line that names them, if there are some.
+
+    Raises:
+        SchemeError: no matrix has rows of whole super-blocks, or some fit no block of GGUF.
+    """
+    if not isinstance(recipe.scheme, SuperBlockScheme):
+        return recipe, None
+    plain_scheme = QuantScheme(PLAIN_BITS[recipe.scheme.bits], 32, symmetric=True)
+    shapes = quantizable(model, recipe.lm_head)
+    widths = {n: K for n, K in input_widths(shapes).items() if recipe.scheme_for(n)}
+    plain = {n: plain_scheme for n, K in widths.items() if not recipe.scheme.divides(K)}
+    if not plain:
+        return recipe, None
+    kinds = sorted({f"{n.rpartition('.')[2]} ({widths[n]} inputs)" for n in plain})
+    if len(plain) == len(widths):
+        raise SchemeError(
+            f"{recipe.scheme.kind} has blocks of 256 weights of a row, which no layer divides "
+            f"into: {', '.join(kinds)}. Use --group-size 32 without --k-quants."
+        )
+    if odd := sorted({n.rpartition(".")[2] for n in plain if not plain_scheme.divides(widths[n])}):
+        raise SchemeError(
+            f"{', '.join(kinds)}: not divisible by 32, as every block of GGUF has to be. Leave "
+            f"them in full precision: {' '.join(f'--skip {leaf}' for leaf in odd)}"
+        )
+    bits = plain_scheme.bits
+    line = (
+        f"{recipe.scheme.kind} has blocks of 256 weights of a row, which do not divide "
+        f"{', '.join(kinds)}: these {len(plain)} matrices get {bits} symmetric bits in groups of "
+        f"32 (Q{bits}_0 in GGUF)."
+    )
+    return dataclasses.replace(recipe, schemes={**recipe.schemes, **plain}), line

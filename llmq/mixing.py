@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llmq import plan
-from llmq.codebook import number_format
+from llmq.number_formats import number_format
 from llmq.errors import SchemeError
 from llmq.recipe import Recipe, input_widths, quantizable
 from llmq.scheme import BITS, QuantScheme, check_groups
@@ -49,15 +49,17 @@ def common_format(
     symmetric: bool,
     book: str | None,
     outliers: float,
+    k_quants: bool = False,
 ) -> QuantScheme:
     """The number format of all matrices, or, before widths are allocated, of one of them.
 
     Raises:
-        SchemeError: see `number_format`; or a code book and an average of bits.
+        SchemeError: see `number_format`; or one of the two, and an average of bits.
     """
-    if book and is_mixed(bits, mixed):
-        raise SchemeError("Code books have one width for all layers: give whole bits.")
-    return number_format(uniform_width(bits, mixed), group_size, symmetric, book, outliers)
+    if (book or k_quants) and is_mixed(bits, mixed):
+        raise SchemeError("Code books and K-quants have one width for all layers: give whole bits.")
+    width = uniform_width(bits, mixed)
+    return number_format(width, group_size, symmetric, book, outliers, k_quants)
 
 
 def parse_size(text: str | int) -> int:

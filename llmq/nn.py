@@ -1,7 +1,7 @@
 """Modules that keep their weights packed.
 
     PackedLinear    in place of nn.Linear (or transformers' Conv1D)
-    CodebookLinear  the same, for weights that are entries of a table
+    UnpackedLinear  the same without kernels: CodebookLinear, SuperBlockLinear (`lookup`)
     PackedExperts   in place of a module that stacks its experts in 3-D parameters
     PackedEmbedding in place of nn.Embedding: rows are looked up, nothing is multiplied
 
@@ -31,8 +31,9 @@ from llmq.experts import (
     without_parameters,
 )
 from llmq.linear import HELD, PackedLinear
-from llmq.lookup import CodebookLinear
+from llmq.lookup import CodebookLinear, SuperBlockLinear, UnpackedLinear
 from llmq.scheme import QuantizedWeight, QuantScheme
+from llmq.superblocks import SuperBlockScheme, SuperBlockWeight
 
 __all__ = [
     "HELD",
@@ -41,6 +42,8 @@ __all__ = [
     "PackedEmbedding",
     "PackedExperts",
     "PackedLinear",
+    "SuperBlockLinear",
+    "UnpackedLinear",
     "expert_bias",
     "expert_weight",
     "is_stacked_experts",
@@ -54,22 +57,26 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
-Packed = PackedLinear | PackedExperts | CodebookLinear
+Packed = PackedLinear | PackedExperts | UnpackedLinear
 
 
-def linear_from(q: QuantizedWeight, bias: Tensor | None = None) -> PackedLinear | CodebookLinear:
+def linear_from(q: QuantizedWeight, bias: Tensor | None = None) -> PackedLinear | UnpackedLinear:
     """The layer that holds a solver's result; `bias` (N,) is kept in its own dtype."""
     if isinstance(q, CodebookWeight):
         return CodebookLinear.from_quantized(q, bias)
+    if isinstance(q, SuperBlockWeight):
+        return SuperBlockLinear.from_quantized(q, bias)
     return PackedLinear.from_quantized(q, bias)
 
 
 def linear_like(
     scheme: QuantScheme, K: int, N: int, bias: bool, dtype: torch.dtype, ordered: bool = False
-) -> PackedLinear | CodebookLinear:
+) -> PackedLinear | UnpackedLinear:
     """A layer (N, K) on meta for a loader to fill; see `PackedLinear` for the arguments."""
     if isinstance(scheme, CodebookScheme):
         return CodebookLinear(scheme, K, N, bias, dtype, "meta")
+    if isinstance(scheme, SuperBlockScheme):
+        return SuperBlockLinear(scheme, K, N, bias, dtype, "meta")
     return PackedLinear(scheme, K, N, bias, dtype, "meta", ordered)
 
 
@@ -91,9 +98,9 @@ def prepare(model: nn.Module, backend: str | None = None) -> nn.Module:
     slow: Counter[str] = Counter()
     for _, module in packed_modules(model):
         module.prepare(backend)
-        if isinstance(module, CodebookLinear):
+        if isinstance(module, UnpackedLinear):
             if backend is None:
-                slow["code books have no kernel"] += 1
+                slow[f"{module.named} have no kernel"] += 1
             continue
         layer = module if isinstance(module, PackedLinear) else module.expert(0)[0]
         if backend is None and backends.choose(layer) == backends.TORCH:

@@ -21,6 +21,7 @@ from llmq.solvers.books import Codebook
 from llmq.solvers.descent import Polished
 from llmq.solvers.gptq import GPTQ
 from llmq.solvers.rtn import RTN
+from llmq.solvers.superblocks import OnSuperBlocks
 
 BATCH_TOKENS = 2048  # that go through a block at once
 LATER = 40 << 20  # bytes of libraries and work space that a run still loads after planning
@@ -74,6 +75,8 @@ def job(
         device: where.
     """
     solver = recipe.solver
+    if isinstance(solver, OnSuperBlocks):  # which takes a little more
+        solver = solver.plain
     polished = isinstance(solver, Polished)
     inner = solver.start if polished else solver
     rounding = "grid" if isinstance(inner, RTN) and inner.search else "rtn"

@@ -20,6 +20,8 @@ from llmq.markup import page, section, table
 from llmq.plots import short
 
 WORST = 10
+# Bits per weight.
+_SUPER_BLOCKS = {"Q2_K": 2.625, "Q3_K": 3.4375, "Q4_K": 4.5, "Q5_K": 5.5, "Q6_K": 6.5625}
 
 
 def report_page(report: Mapping[str, Any]) -> str:
@@ -170,8 +172,11 @@ def _worst(layers: Sequence[Mapping[str, Any]]) -> str:
 def stored_bits(layer: Mapping[str, Any]) -> float:
     """Bits per weight of one layer's entry: code, and 16-bit scale and zero point per group.
 
-    Of a code book its table too, and its outliers with their columns.
+    Of a code book its table too, and its outliers with their columns. Of super-blocks what a
+    super-block takes.
     """
+    if kind := layer.get("kind"):
+        return _SUPER_BLOCKS[kind]
     K = layer["shape"][1]
     group = layer["group_size"] if layer["group_size"] > 0 else K
     table = 16 * 2 ** layer["bits"] if layer.get("book") == "learned" else 0
@@ -209,7 +214,8 @@ def _formats(layers: Sequence[Mapping[str, Any]]) -> str:
         if "bits" in layer:
             group = "row" if layer["group_size"] == -1 else str(layer["group_size"])
             zero = "no" if layer["symmetric"] else "yes"
-            bits = str(layer["bits"]) + (f" ({layer['book']})" if "book" in layer else "")
+            own = layer.get("book") or layer.get("kind")
+            bits = str(layer["bits"]) + (f" ({own})" if own else "")
             found.setdefault((kind_of(layer["name"]), bits, group, zero), []).append(layer)
     rows = [
         (

@@ -180,6 +180,6 @@ def packed_linears(model: nn.Module) -> dict[str, PackedLinear]:
     if not found:
         raise SchemeError(
             "The model has no packed linear: load a checkpoint that llmq quantized (to integers: "
-            "code books take no adapter)."
+            "code books and super-blocks take no adapter)."
         )
     return found

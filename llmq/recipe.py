@@ -17,6 +17,7 @@ from llmq.scheme import QuantScheme, check_groups
 from llmq.solvers import Solver
 from llmq.solvers.awq import AWQ
 from llmq.solvers.gptq import GPTQ
+from llmq.superblocks import SuperBlockScheme
 from llmq.tuning import ScaleTuning
 from llmq.tuning_blocks import BlockTuning
 
@@ -39,7 +40,8 @@ class Recipe:
         lm_head: whether the output layer is quantized too. If it is tied to the embeddings they
             are untied: the embeddings stay as they are, or become what `embeddings` says.
         embeddings: bits of the input embeddings: 8, or None to leave them as they are. They are
-            rounded to nearest, in groups and with zero points as `scheme` has them.
+            rounded to nearest, in groups and with zero points as `scheme` has them; beside
+            super-blocks in groups of 32 without.
         skip: patterns of linears to leave as they are: a module name or the end of one, with
             shell wildcards ("model.layers.0.*", "down_proj", "*.mlp.*").
 
@@ -101,7 +103,8 @@ def check_experts(model: nn.Module, recipe: Recipe) -> None:
     """Refuse to quantize one of an expert module's two stacks: they are packed together.
 
     Raises:
-        SchemeError: names the module; or it shall be in a code book, which holds no stacks.
+        SchemeError: names the module; or it shall be in a code book or in super-blocks,
+            which hold no stacks.
     """
     for name, module in model.named_modules():
         if is_stacked_experts(module):
@@ -109,6 +112,11 @@ def check_experts(model: nn.Module, recipe: Recipe) -> None:
             if any(isinstance(scheme, CodebookScheme) for scheme in schemes):
                 raise SchemeError(
                     f"{name}: code books do not hold stacked experts. Leave --codebook away, or "
+                    f"skip them (--skip '{name.split('.')[-1]}.*')."
+                )
+            if any(isinstance(scheme, SuperBlockScheme) for scheme in schemes):
+                raise SchemeError(
+                    f"{name}: super-blocks do not hold stacked experts. Leave --k-quants away, or "
                     f"skip them (--skip '{name.split('.')[-1]}.*')."
                 )
             if any(schemes) and not all(schemes):
@@ -136,7 +144,9 @@ def embedding_scheme(model: nn.Module, recipe: Recipe) -> dict[str, QuantScheme]
             f"{name} is also the output layer, which cannot use a packed table. Quantize the "
             "output layer too (--lm-head), which gives it weights of its own."
         )
-    scheme = QuantScheme(8, recipe.scheme.group_size, recipe.scheme.symmetric)
+    blocks = isinstance(recipe.scheme, SuperBlockScheme)
+    group_size = 32 if blocks else recipe.scheme.group_size
+    scheme = QuantScheme(8, group_size, blocks or recipe.scheme.symmetric)
     check_groups({name: table.embedding_dim}, lambda _: scheme)
     return {name: scheme}
 

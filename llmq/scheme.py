@@ -161,7 +161,7 @@ class QuantizedWeight:
         for start in range(0, self.shape[0], step):
             yield slice(start, start + step)
 
-    def rows(self, rows: slice) -> QuantizedWeight:
+    def rows(self, rows: slice | Tensor) -> QuantizedWeight:
         """Some of its rows."""
         return replace(self, codes=self.codes[rows], scale=self.scale[rows], zero=self.zero[rows])
 

@@ -125,6 +125,8 @@ def bits_per_weight(layers: Sequence[StoredLayer]) -> float:
 
 def _describe(scheme: QuantScheme) -> str:
     group = "row" if scheme.group_size == -1 else f"g{scheme.group_size}"
+    if kind := getattr(scheme, "kind", None):  # of a `superblocks.SuperBlockScheme`
+        return kind
     book = getattr(scheme, "book", None)  # of a `codebook.CodebookScheme`
     if book:
         return f"{book if book == 'nf4' else f'{book} {scheme.bits}-bit'} {group}"

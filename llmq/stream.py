@@ -20,20 +20,22 @@ from torch import Tensor, nn
 
 from llmq import ranks, shards
 from llmq.ahead import Read
-from llmq.codebook import CodebookWeight, scheme_from
+from llmq.codebook import CodebookWeight
 from llmq.errors import IntegrityError
-from llmq.formats import codebook
+from llmq.formats import codebook, superblocks
 from llmq.gate import Gate, check_layer
 from llmq.hf import saving
 from llmq.hf.outline import pack_outline
 from llmq.hf.saving import checkpoint_tensors, write_companions
 from llmq.hf.streaming import StoredModel
 from llmq.journal import Workplace
+from llmq.number_formats import scheme_from
 from llmq.output import writing
 from llmq.report import layer_entry
 from llmq.scheme import QuantizedWeight, QuantScheme
 from llmq.states import States
 from llmq.store import LayerReport, pack
+from llmq.superblocks import SuperBlockWeight
 from llmq.verify import check_exact, check_part
 
 _REST = "rest.safetensors"
@@ -210,15 +212,18 @@ class Streamed:
             # transformers 5.17 drops dimensions of size one.
             return {key: t.unsqueeze(-1) if t.ndim == 1 else t for key, t in found.items()}
 
-        bits = stored(lambda q: torch.full((q.shape[0], 1), q.scheme.bits))
+        def plain(part: Callable[[QuantizedWeight], Tensor]) -> dict[str, Tensor]:
+            return stored(lambda q: None if isinstance(q, SuperBlockWeight) else part(q))
+
+        bits = plain(lambda q: torch.full((q.shape[0], 1), q.scheme.bits))
         check_part(
             self._work.folder / file,
             {key: int(tensor.flatten()[0]) for key, tensor in bits.items()},
-            stored(lambda q: q.codes),
-            stored(lambda q: q.scale),
-            stored(lambda q: q.zero),
+            plain(lambda q: q.codes),
+            plain(lambda q: q.scale),
+            plain(lambda q: q.zero),
         )
-        for suffix in codebook.OWN:
+        for suffix in (*codebook.OWN, superblocks.PACKED):
             check_exact(
                 self._work.folder / file, suffix, stored(partial(_beside_codes, suffix=suffix))
             )
@@ -247,8 +252,12 @@ def _compare(expected: Mapping[str, Tensor], found: Mapping[str, shards.Entry]) 
 
 
 def _beside_codes(q: QuantizedWeight, suffix: str) -> Tensor | None:
-    """A tensor that only code books have."""
-    return codebook.write("", q).get(suffix) if isinstance(q, CodebookWeight) else None
+    """A tensor that only code books have, or all that super-blocks have."""
+    if isinstance(q, SuperBlockWeight) and suffix == superblocks.PACKED:
+        return superblocks.checked(q)
+    if isinstance(q, CodebookWeight) and suffix in codebook.OWN:
+        return codebook.write("", q).get(suffix)
+    return None
 
 
 def stack_name(name: str) -> str:

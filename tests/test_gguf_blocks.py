@@ -18,7 +18,7 @@ from llmq.solvers.rtn import RTN
 gguf = pytest.importorskip("gguf")
 from gguf import GGMLQuantizationType, quants  # noqa: E402
 
-KINDS: dict[int, kquants.Kind] = {2: "Q2_K", 3: "Q3_K", 4: "Q4_K"}
+KINDS: dict[int, kquants.Kind] = {2: "Q2_K", 3: "Q3_K", 4: "Q4_K", 5: "Q5_K"}
 
 
 @settings(max_examples=60, deadline=None)
@@ -55,7 +55,7 @@ def test_sizes_are_those_of_the_package():
 
 @settings(max_examples=60, deadline=None)
 @given(
-    scheme=st.sampled_from([(2, True), (2, False), (3, True), (4, True), (4, False)]),
+    scheme=st.sampled_from([(2, True), (2, False), (3, True), (4, True), (4, False), (5, False)]),
     group=st.sampled_from((32, 64, 128, -1)),
     dtype=st.sampled_from((torch.bfloat16, torch.float32)),
     seed=st.integers(0, 2**20),
@@ -71,7 +71,7 @@ def test_the_package_reads_the_super_blocks_that_were_written(scheme, group, dty
     # No weight moves by more than what rounding scale and offset to these integers can do.
     exact = replace(q, scale=q.scale.float()).dequantize()
     largest = q.scale.float().amax(1, keepdim=True)
-    most = {2: 1 / 15, 3: 1 / 31, 4: 1 / 63}[bits] * 2**bits * largest
+    most = {2: 1 / 15, 3: 1 / 31, 4: 1 / 63, 5: 1 / 63}[bits] * 2**bits * largest
     assert ((found.weight() - exact).abs() <= most).all()
 
 

@@ -30,7 +30,7 @@ from llmq.formats.bits import pack_bits, unpack_bits, words
 FORMAT = "codebook"
 OWN = ("weight_book", "weight_outlier", "weight_outlier_index")
 SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", *OWN)
-_DTYPES = {  # of those that are no floating point
+DTYPES = {  # of those that are no floating point
     "weight_packed": torch.int32,
     "weight_shape": torch.int64,
     "weight_outlier_index": torch.int32,
@@ -80,7 +80,7 @@ def read(name: str, tensors: Mapping[str, Tensor], scheme: CodebookScheme) -> Co
     N, K = (int(size) for size in parts.find(name, "weight_shape", tensors).tolist())
     parts.group_count(name, scheme, K)
     found = {
-        suffix: parts.take(name, suffix, tensors, shape, _DTYPES.get(suffix, parts.FLOATING))
+        suffix: parts.take(name, suffix, tensors, shape, DTYPES.get(suffix, parts.FLOATING))
         for suffix, shape in shapes(scheme, N, K).items()
     }
     index = found.get("weight_outlier_index")

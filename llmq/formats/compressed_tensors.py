@@ -9,7 +9,8 @@ Per matrix (N, K) in groups of G, under the name of its module:
 
 Packing is the bit stream of `bits`.
 
-Input embeddings have a layout of their own, `bytewise`, and so have code books, `codebook`.
+Input embeddings have a layout of their own, `bytewise`, and so have code books, `codebook`, and
+super-blocks, `superblocks`.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from torch import Tensor
 
 from llmq.codebook import CodebookScheme
 from llmq.errors import FormatError, SchemeError
-from llmq.formats import codebook, parts
+from llmq.formats import codebook, parts, superblocks
 from llmq.formats.bits import pack_bits, unpack_bits, words
 from llmq.scheme import QuantizedWeight, QuantScheme
+from llmq.superblocks import SuperBlockScheme
 
 METHOD = "compressed-tensors"
 FORMAT = "pack-quantized"
@@ -39,8 +41,10 @@ def write(name: str, q: QuantizedWeight) -> dict[str, Tensor]:
 
     Raises:
         SchemeError: the columns of `q` have an order, which this layout has no place for, or it
-            is in a code book.
+            is in a code book or in super-blocks.
     """
+    if isinstance(q.scheme, SuperBlockScheme):
+        raise SchemeError(f"{name or 'weight'}: in super-blocks, which {FORMAT} does not hold.")
     if isinstance(q.scheme, CodebookScheme):
         raise SchemeError(f"{name or 'weight'}: in a code book, which {FORMAT} does not hold.")
     if q.order is not None:
@@ -132,12 +136,16 @@ def config(
 
 
 def _layout(scheme: QuantScheme) -> str:
+    if isinstance(scheme, SuperBlockScheme):
+        return superblocks.FORMAT
     return codebook.FORMAT if isinstance(scheme, CodebookScheme) else FORMAT
 
 
 def _weights(scheme: QuantScheme) -> dict[str, Any]:
     per_row = scheme.group_size == -1
     own = codebook.weights(scheme) if isinstance(scheme, CodebookScheme) else {}
+    if isinstance(scheme, SuperBlockScheme):
+        own = superblocks.weights(scheme)
     return {
         "num_bits": scheme.bits,
         "type": "int",
@@ -233,11 +241,12 @@ def _parse_group(
     layout = str(group.get("format") or default)
     by_name = all(t[:1].islower() and not t.startswith("re:") for t in targets)  # no class
     bytewise = layout == BYTEWISE and weights.get("num_bits") == 8 and by_name
-    if layout not in (FORMAT, codebook.FORMAT) and not bytewise:
+    special = (codebook.FORMAT, superblocks.FORMAT)
+    if layout not in (FORMAT, *special) and not bytewise:
         raise refuse(f"format={layout!r}")
     if group.get("input_activations") or group.get("output_activations"):
         raise refuse("activations are quantized")
-    kind = codebook.FORMAT if layout == codebook.FORMAT else "int"
+    kind = layout if layout in special else "int"
     if weights.get("type", "int") != kind or weights.get("dynamic"):
         raise refuse(f"type={weights.get('type')!r}, dynamic={weights.get('dynamic')!r}")
     if weights.get("actorder") not in (None, False, "static", "weight"):
@@ -251,6 +260,8 @@ def _parse_group(
     try:
         if kind == codebook.FORMAT:
             return layout, codebook.parse(weights, bits, width), targets
+        if kind == superblocks.FORMAT:
+            return layout, superblocks.parse(weights, bits, width), targets
         scheme = QuantScheme(bits, width, symmetric=weights.get("symmetric", True))
     except SchemeError as error:
         raise refuse(str(error).rstrip(".")) from error

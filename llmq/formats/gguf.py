@@ -26,6 +26,7 @@ from torch import Tensor
 from llmq.formats import kquants
 from llmq.formats.columns import half_scales
 from llmq.scheme import QuantizedWeight, QuantScheme
+from llmq.superblocks import KINDS, SuperBlockScheme, SuperBlockWeight
 
 WIDTH = 32  # weights per plain block
 BlockType = Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"] | kquants.Kind
@@ -44,11 +45,14 @@ _SMALLER: dict[tuple[int, bool], kquants.Kind] = {
     (2, False): "Q2_K",
     (3, True): "Q3_K",
     (4, False): "Q4_K",
+    (5, False): "Q5_K",
 }
 
 
 def why_not(scheme: QuantScheme, N: int, K: int) -> str | None:
     """None if there is a block type for a matrix (N, K) in `scheme`, else the reason."""
+    if isinstance(scheme, SuperBlockScheme):
+        return None
     if scheme.group_width(K) % WIDTH:
         return f"in_features={K} in one group is not divisible by {WIDTH}"
     if scheme.bits == 8 and not scheme.symmetric:
@@ -57,7 +61,12 @@ def why_not(scheme: QuantScheme, N: int, K: int) -> str | None:
 
 
 def block_type(scheme: QuantScheme, K: int, k_quants: bool = False) -> BlockType:
-    """The smallest plain block that holds `scheme`; with `k_quants`, a smaller one if there is."""
+    """The smallest plain block that holds `scheme`; with `k_quants`, a smaller one if there is.
+
+    A matrix that was solved in super-blocks stays in them.
+    """
+    if isinstance(scheme, SuperBlockScheme):
+        return KINDS[scheme.bits]
     smaller = _SMALLER.get((scheme.bits, scheme.symmetric))
     if k_quants and smaller and K % kquants.WIDTH == 0:
         return smaller
@@ -78,12 +87,14 @@ def blocks(q: QuantizedWeight, kind: BlockType) -> tuple[np.ndarray, float]:
     """The rows of `q` as blocks of `kind`, one that `block_type` names for it.
 
     Returns:
-        uint8 (N, `row_bytes`), and the relative change of the matrix in K-quants (Frobenius norm);
-        0 in other kinds.
+        uint8 (N, `row_bytes`), and the relative change of a matrix that was projected into K-quants
+        (Frobenius norm); 0 for others.
 
     Raises:
         SchemeError: a scale is too large for fp16.
     """
+    if isinstance(q, SuperBlockWeight):
+        return q.blocks().bytes().numpy(), 0.0
     if kind in kquants.BYTES:
         found = kquants.project(q, kind)  # type: ignore[arg-type]
         before = replace(q, scale=q.scale.float()).dequantize()  # products in float32

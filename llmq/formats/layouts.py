@@ -13,10 +13,11 @@ from torch import Tensor
 
 from llmq.codebook import CodebookScheme
 from llmq.errors import FormatError
-from llmq.formats import awq, codebook, compressed_tensors, gptq
+from llmq.formats import awq, codebook, compressed_tensors, gptq, superblocks
 from llmq.formats.bits import words
 from llmq.formats.compressed_tensors import CheckpointConfig
 from llmq.scheme import QuantizedWeight, QuantScheme
+from llmq.superblocks import SuperBlockScheme
 
 Read = Callable[[str, Mapping[str, Tensor], QuantScheme], QuantizedWeight]
 
@@ -139,6 +140,8 @@ def layout_of(quantization_config: Mapping[str, Any]) -> Layout:
 def _read(name: str, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedWeight:
     if isinstance(scheme, CodebookScheme):
         return codebook.read(name, tensors, scheme)
+    if isinstance(scheme, SuperBlockScheme):
+        return superblocks.read(name, tensors, scheme)
     return compressed_tensors.read(name, tensors, scheme)
 
 

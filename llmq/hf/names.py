@@ -13,15 +13,15 @@ from llmq.errors import SchemeError
 from llmq.formats import compressed_tensors
 from llmq.nn import (
     STACKS,
-    CodebookLinear,
     PackedEmbedding,
     PackedExperts,
     PackedLinear,
+    UnpackedLinear,
     packed_modules,
 )
 from llmq.scheme import QuantScheme
 
-_LINEARS = PackedLinear | CodebookLinear
+_LINEARS = PackedLinear | UnpackedLinear
 
 
 def checkpoint_config(model: PreTrainedModel) -> dict[str, Any]:

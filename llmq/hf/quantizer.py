@@ -29,10 +29,11 @@ from llmq.hf.names import checkpoint_config
 from llmq.hf.rounding import RoundToNearest, chosen_parameters
 from llmq.hf.skeleton import pack_skeleton, tensor_shapes
 from llmq.nn import (
-    CodebookLinear,
     PackedEmbedding,
     PackedExperts,
     PackedLinear,
+    SuperBlockLinear,
+    UnpackedLinear,
     packed_modules,
     prepare,
 )
@@ -154,7 +155,7 @@ class LlmqQuantizer(HfQuantizer):
         if SUFFIXES_MATCH:
             _cast(model, model.config.dtype)
         for module in model.modules():
-            if isinstance(module, PackedLinear | PackedExperts | PackedEmbedding | CodebookLinear):
+            if isinstance(module, PackedLinear | PackedExperts | PackedEmbedding | UnpackedLinear):
                 module.requires_grad_(False)
         prepare(model)
         if self.repacked is not None:
@@ -176,7 +177,8 @@ class LlmqQuantizer(HfQuantizer):
             if isinstance(module, PackedExperts):
                 raise SchemeError(f"{name}: stacked experts cannot be dequantized in place.")
             linear = nn.Linear(module.in_features, module.out_features, False, device="meta")
-            linear.weight = nn.Parameter(module.dequantize(dtype), requires_grad=False)
+            own = model.dtype if isinstance(module, SuperBlockLinear) else None
+            linear.weight = nn.Parameter(module.dequantize(dtype or own), requires_grad=False)
             linear.bias = module.bias  # type: ignore[assignment]
             model.set_submodule(name, linear)
         for name, module in list(model.named_modules()):
@@ -217,7 +219,7 @@ def attach(model: Any) -> None:
         SchemeError: the model has no packed module.
     """
     quantizer = convert_packed(model)
-    if isinstance(model.get_output_embeddings(), PackedLinear | CodebookLinear):
+    if isinstance(model.get_output_embeddings(), PackedLinear | UnpackedLinear):
         model.config.tie_word_embeddings = False
         model.all_tied_weights_keys = {}
     config = LlmqConfig(checkpoint=checkpoint_config(model))

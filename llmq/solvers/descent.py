@@ -11,7 +11,9 @@ row, alternated with descent, ends; it needs no systems of equations and never g
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -42,7 +44,20 @@ class Polished:
         return descend(W, alive(H), self.start.solve(W, H, scheme), self.sweeps)
 
 
-def descend(W: Tensor, H: Tensor, q: QuantizedWeight, sweeps: int) -> QuantizedWeight:
+class Moves(Protocol):
+    """A solution that is being improved."""
+
+    def sweep(self) -> None: ...
+    def value(self) -> QuantizedWeight: ...
+
+
+def descend(
+    W: Tensor,
+    H: Tensor,
+    q: QuantizedWeight,
+    sweeps: int,
+    begin: Callable[[Tensor, Tensor, QuantizedWeight], Moves] | None = None,
+) -> QuantizedWeight:
     """Lower tr(D H D^T), D = W - Q, row by row; a row that would end higher stays as it is.
 
     Args:
@@ -50,17 +65,19 @@ def descend(W: Tensor, H: Tensor, q: QuantizedWeight, sweeps: int) -> QuantizedW
         H: float32 (K, K), positive semidefinite, with a positive diagonal.
         q: where to start.
         sweeps: passes over all columns.
+        begin: from W, H and q to what sweeps over them; the default moves codes and scales.
     """
-    state = _Descent(W, H, q)
+    state = (begin or _Descent)(W, H, q)
     for _ in range(sweeps):
         state.sweep()
     polished = state.value()
     better = row_errors(W, H, polished) < row_errors(W, H, q)  # (N,)
-    codes, scale = (
-        torch.where(better[:, None], new, old)
-        for new, old in ((polished.codes, q.codes), (polished.scale, q.scale))
-    )
-    return QuantizedWeight(q.scheme, codes, scale, q.zero)
+    kept = {
+        name: torch.where(better[:, None], new, getattr(q, name))
+        for name, new in vars(polished).items()
+        if isinstance(new, Tensor)
+    }
+    return replace(q, **kept)
 
 
 def row_errors(W: Tensor, H: Tensor, q: QuantizedWeight) -> Tensor:
