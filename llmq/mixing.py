@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from llmq import plan
-from llmq.number_formats import number_format
 from llmq.errors import SchemeError
+from llmq.number_formats import number_format
 from llmq.recipe import Recipe, input_widths, quantizable
 from llmq.scheme import BITS, QuantScheme, check_groups
 from llmq.sensitivity import Sensitivity, allocation, predicted, sensitivities
