@@ -156,12 +156,12 @@ def sensitivity(
         bos=bos,
     )
     widths = allocation(units, bits)
-    kl = predicted(units, widths)
+    kl = predicted(units, widths, matched=True)
     console.print(sensitivity_table(units, widths))
     gain = sorted(units, key=lambda unit: -unit.kl[4] / unit.weights)[:3]
     console.print(
-        f"Predicted KL {kl:.4f} at {bits:g} bits on average, for layers that are solved one by "
-        "one: it ranks layers and widths; measure the result with llmq eval.\n"
+        f"Predicted KL {kl:.4f} at {bits:g} bits on average with --quality balanced, on text like "
+        "this; on other text it may be twice that. Measure the result with llmq eval.\n"
         "Most lost per weight at 4 bits (keep these higher): "
         f"{'; '.join(', '.join(unit.names) for unit in gain)}.\n"
         f"Next: llmq quantize {src} OUT --bits {bits:g}{'' if bits % 1 else ' --mixed'}",

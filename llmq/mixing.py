@@ -118,7 +118,7 @@ def allocated(
     units = scan(name, windows, recipe, device, seed)
     found = allocation(units, bits, widths)
     schemes = {n: dataclasses.replace(recipe.scheme, bits=b) for n, b in found.items()}
-    return dataclasses.replace(recipe, schemes=schemes), predicted(units, found)
+    return dataclasses.replace(recipe, schemes=schemes), predicted(units, found, recipe.match)
 
 
 def scan(name: str, windows: Tensor, recipe: Recipe, device: str, seed: int) -> list[Sensitivity]:

@@ -71,7 +71,7 @@ def trained() -> tuple[Any, torch.Tensor, torch.Tensor]:
 
     model = AutoModelForCausalLM.from_pretrained(demo.model_path(), dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(demo.model_path())
-    calibration = token_windows(demo.calibration_path(), tokenizer, seq_len=128, samples=32, seed=0)
+    calibration = token_windows(demo.calibration_path(), tokenizer, seq_len=128, samples=96, seed=0)
     test = token_windows(demo.evaluation_path(), tokenizer, seq_len=128, samples=16)
     return model, calibration, test
 
@@ -92,7 +92,7 @@ def test_mixed_widths_beat_uniform_ones_and_predictions_hold():
         schemes = {name: QuantScheme(b, 64) for name, b in bits.items()}
         list(quantize(result, batches, Recipe(solver=Polished(), schemes=schemes)))
         found[label] = divergence(model, result, test)
-        assert 0.5 < predicted(units, bits) / found[label] < 1.5
+        assert 0.5 < predicted(units, bits, matched=False) / found[label] < 1.5
     assert found["mixed"] < 0.9 * found["uniform"]
 
 
