@@ -62,7 +62,7 @@ def load(
             run each layer.
         fuse: multiply packed layers that read one tensor (q, k, v; gate, up) together. Parameters
             keep their names and values. None = where the Triton kernels run.
-        head_bits: 8 or 4: round the output layer to nearest too, for faster decoding; it is read
+        head_bits: 8 to 2: round the output layer to nearest too, for faster decoding; it is read
             whole for every token. None = leave it as it is in the checkpoint.
         kwargs: as for `AutoModelForCausalLM.from_pretrained`, such as `dtype`, `device_map`,
             or `quantization_config=LlmqConfig(...)` to quantize a full-precision model.
