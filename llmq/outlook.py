@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from llmq import machine
-from llmq.adapters import as_linears, shared_copy
+from llmq.adapters import as_linears, run_dtype, shared_copy
 from llmq.blocks import decoder_blocks, linears
 from llmq.needs import memory, states
 from llmq.objective import HELD_OUT
@@ -163,7 +163,7 @@ def foresee(
     kept = (2 if job.match else 1) * states(shape, job)
     seconds = None
     if timed:
-        speeds = machine.speeds(device, dtype)
+        speeds = machine.speeds(device, run_dtype(dtype, torch.device(device)))
         counts = operations(shape, job)
         seconds = START + sum(counts[kind] * speeds[kind] for kind in counts)
     return Outlook(
