@@ -50,6 +50,7 @@ def plan(
     embeddings: Annotated[int | None, typer.Option(metavar="BITS")] = None,
     codebook: Annotated[str | None, typer.Option(metavar="BOOK")] = None,
     outliers: Annotated[float, typer.Option(metavar="SHARE")] = 0.0,
+    k_quants: Annotated[bool, typer.Option("--k-quants")] = False,
     skip: Skip = None,
     ranks: Annotated[
         int, typer.Option(min=1, help="Processes that torchrun shall start; memory is of each.")
@@ -81,6 +82,7 @@ def plan(
         embeddings=embeddings,
         codebook=codebook,
         outliers=outliers,
+        k_quants=k_quants,
         skip=skip or (),
         processes=ranks,
         tensor_parallel=numbers("--tensor-parallel", tensor_parallel),

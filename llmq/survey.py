@@ -7,11 +7,12 @@ import os
 from collections.abc import Sequence
 
 from llmq import plan as planning
+from llmq.hf.outline import outline
 from llmq.inputs import SEQ_LEN, read_calibration, window_length, windows_for
-from llmq.ladder import chosen, in_scheme
+from llmq.ladder import chosen, in_scheme, with_plain_rows
 from llmq.mixing import common_format, is_mixed, scan
 from llmq.outlook import job
-from llmq.plan import Plan
+from llmq.plan import Plan, Problem
 from llmq.recipe import Recipe
 from llmq.scheme import QuantScheme
 from llmq.sensitivity import Sensitivity
@@ -34,6 +35,7 @@ def plan(
     embeddings: int | None = None,
     codebook: str | None = None,
     outliers: float = 0.0,
+    k_quants: bool = False,
     skip: Sequence[str] = (),
     processes: int = 1,
     tensor_parallel: Sequence[int] = (1,),
@@ -46,8 +48,8 @@ def plan(
     Args:
         src: folder or Hub name of a full-precision causal language model.
         quality, method, bits, mixed, group_size, symmetric, samples, seq_len, lm_head, embeddings,
-            codebook, outliers, skip, activations, device: as for `quantize`. The size at an average
-            of bits is an estimate.
+            codebook, outliers, k_quants, skip, activations, device: as for `quantize`. The size at
+            an average of bits is an estimate.
         processes: that torchrun shall start; memory is that of each of them.
         tensor_parallel: numbers of GPUs that shall share the result.
         out: where it shall be written; its disk is asked for room.
@@ -56,7 +58,7 @@ def plan(
         LlmqError: see `llmq.errors`.
     """
     method, recipe = chosen(method, quality)
-    scheme = common_format(bits, mixed, group_size, symmetric, codebook, outliers)
+    scheme = common_format(bits, mixed, group_size, symmetric, codebook, outliers, k_quants)
     recipe = dataclasses.replace(
         in_scheme(recipe, scheme), skip=tuple(skip), lm_head=lm_head, embeddings=embeddings
     )
@@ -66,10 +68,12 @@ def plan(
     seq_len = window_length(config, seq_len, SEQ_LEN)
     windows = -(-windows_for(method, samples) // processes)
     lean, mix = activations == "disk", average is not None
-    return planning.make(
+    headers = source_headers(name)
+    recipe, line = with_plain_rows(recipe, outline(config, planning.model_dtype(config, headers)))
+    found = planning.make(
         name,
         config,
-        source_headers(name),
+        headers,
         recipe,
         ranks=tensor_parallel,
         out=out,
@@ -77,6 +81,10 @@ def plan(
         device=where,
         average=average,
     )
+    if line is None:
+        return found
+    note = Problem("K-quants", line, "nothing, or leave --k-quants away", False)
+    return dataclasses.replace(found, problems=(note, *found.problems))
 
 
 def sensitivity(

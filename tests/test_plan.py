@@ -66,6 +66,16 @@ def test_output_size_is_exact_with_code_books(book: dict[str, Any], tmp_path: Pa
         api.plan(tmp_path / "model", method="rtn", mixed=True, **book)
 
 
+def test_output_size_is_exact_with_k_quants(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 320, "head_dim": 64}
+    save_tiny("llama", tmp_path / "model", **sizes)
+    api.quantize(tmp_path / "model", tmp_path / "out", method="rtn", k_quants=True)
+    found = api.plan(tmp_path / "model", method="rtn", k_quants=True)
+    assert found.output_bytes == written(tmp_path / "out")
+    assert "do not divide down_proj (320 inputs)" in found.problems[0].what
+    assert not found.problems[0].fatal
+
+
 def test_size_of_shards_and_their_index(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "model")
     api.quantize(tmp_path / "model", tmp_path / "out", method="rtn", group_size=32)
