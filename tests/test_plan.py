@@ -67,8 +67,7 @@ def test_output_size_is_exact_with_code_books(book: dict[str, Any], tmp_path: Pa
 
 
 def test_output_size_is_exact_with_k_quants(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 256, "intermediate_size": 320, "head_dim": 64}
-    save_tiny("llama", tmp_path / "model", **sizes)
+    save_tiny("llama", tmp_path / "model", hidden_size=256, intermediate_size=320, head_dim=64)
     api.quantize(tmp_path / "model", tmp_path / "out", method="rtn", k_quants=True)
     found = api.plan(tmp_path / "model", method="rtn", k_quants=True)
     assert found.output_bytes == written(tmp_path / "out")
