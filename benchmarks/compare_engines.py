@@ -8,7 +8,7 @@ greedily by it in a process of its own, in a virtual environment that is made on
 taken from --python NAME=PATH). Then llmq, in float32, reads the engine's tokens and says how likely
 it finds them and whether it would have chosen them. The same is asked of llmq itself in bf16: what
 that dtype alone changes. Rows go to benchmarks/results/engines.json; those of
-engines that are not named stay. `engine_table.py` makes the table of docs/engines.md.
+engines that are not named stay. `engine_table.py` makes the table of README.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The table of engines in docs/engines.md, from results/engines.json.
+"""The table of engines in README.md, from results/engines.json.
 
 python benchmarks/engine_table.py      writes it between its two marks
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "engines.json"
-PAGE = HERE.parent / "docs" / "engines.md"
+PAGE = HERE.parent / "README.md"
 START, STOP = "<!-- engines: from benchmarks/engine_table.py -->", "<!-- /engines -->"
 
 
