@@ -68,8 +68,10 @@ def plan(
     seq_len = window_length(config, seq_len, SEQ_LEN)
     windows = -(-windows_for(method, samples) // processes)
     lean, mix = activations == "disk", average is not None
-    headers = source_headers(name)
-    recipe, line = with_plain_rows(recipe, outline(config, planning.model_dtype(config, headers)))
+    headers, line = source_headers(name), None
+    if k_quants:
+        model = outline(config, planning.model_dtype(config, headers))
+        recipe, line = with_plain_rows(recipe, model)
     found = planning.make(
         name,
         config,

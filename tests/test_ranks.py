@@ -56,7 +56,9 @@ def test_shares_of_the_text_add_up(name, processes, tmp_path):
     check(tmp_path / "many")
     reports = [json.loads((tmp_path / x / REPORT_FILE).read_text()) for x in ("one", "many")]
     for a, b in zip(*(report["layers"] for report in reports), strict=True):
-        assert a["tokens"] == b["tokens"]
+        # Sums in another order may send a token that is undecided to another expert.
+        undecided = 0.01 if "experts" in a["name"] else 0
+        assert b["tokens"] == pytest.approx(a["tokens"], rel=undecided, abs=0)
         assert b["error"] == pytest.approx(a["error"], rel=0.05)
 
 
