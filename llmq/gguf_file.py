@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmq.convert import Conversion, Opened, open_checkpoint
+from llmq.convert import Conversion
 from llmq.errors import OutputError, SchemeError
 from llmq.formats import bytewise, gguf as layout
 from llmq.formats.columns import lossy_scales
@@ -28,6 +28,7 @@ from llmq.gguf_metadata import (
     key_value_heads,
     rope_factors,
 )
+from llmq.opened import Opened, open_checkpoint
 from llmq.output import staged_folder, writing
 from llmq.progress import progress_bar
 from llmq.source import open_config, open_tokenizer

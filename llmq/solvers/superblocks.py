@@ -21,6 +21,7 @@ from llmq.formats.kquants import MIDDLE, TOP, WIDTH, multiples
 from llmq.scheme import QuantizedWeight, QuantScheme, grouped
 from llmq.solvers import Solver
 from llmq.solvers.affine import encoded, fitted, in_parts, reciprocal, rounded_pass
+from llmq.solvers.babai import Pass
 from llmq.solvers.descent import Polished, descend
 from llmq.solvers.gptq import alive, column_order
 from llmq.solvers.superblock_descent import Descent
@@ -79,27 +80,21 @@ class _Pass:
     """One pass over the columns. Weights are held transposed: one contiguous row per column."""
 
     def __init__(self, W: Tensor, R: Tensor, order: Tensor, scheme: SuperBlockScheme):
-        self.scheme, self.kind, self.R, self.order = scheme, KINDS[scheme.bits], R, order
-        self.middle, self.top = MIDDLE.get(self.kind), TOP[self.kind]
-        self.columns = W.T[order].float()  # (K, N)
-        self.pending = torch.zeros_like(self.columns)  # see `affine.rounded_pass`
+        kind = KINDS[scheme.bits]
+        self.scheme, self.order, self.middle, self.top = scheme, order, MIDDLE.get(kind), TOP[kind]
+        self.babai = Pass(W, R, order)
         self.pivots = R.diagonal()
-        self.codes = torch.empty_like(self.columns, dtype=torch.uint8)
-        K, N = self.columns.shape
+        self.codes = torch.empty_like(self.babai.columns, dtype=torch.uint8)  # (K, N)
+        K, N = self.codes.shape
         self.steps = torch.zeros(2, K // WIDTH, N, dtype=torch.half, device=W.device)
         self.whole = torch.zeros(2, K // scheme.group_size, N, dtype=torch.int16, device=W.device)
 
     def solve(self) -> SuperBlockWeight:
-        for start in range(0, len(self.columns), WIDTH):
-            stop = start + WIDTH
-            steps = self.choose_steps(start)
-            lost = torch.cat(
-                [
-                    self.round_group(g, stop, steps)
-                    for g in range(start, stop, self.scheme.group_size)
-                ]
-            )
-            self.pending[stop:].addmm_(self.R[start:stop, stop:].T, lost)
+        for start in range(0, len(self.codes), WIDTH):
+            debt = self.babai.debt(start, start + WIDTH)
+            steps = self.choose_steps(start, debt)
+            for inside in range(0, WIDTH, self.scheme.group_size):
+                self.round_group(start + inside, debt[inside:], steps)
         step, low_step = (t.T.contiguous() for t in self.steps)
         whole, lows = (t.T.contiguous() for t in self.whole)
         zero = torch.full_like(step, self.scheme.middle, dtype=torch.uint8)
@@ -108,17 +103,13 @@ class _Pass:
             self.scheme, codes, step, zero, multiples=whole, low_step=low_step, lows=lows
         )
 
-    def wanted(self, own: slice) -> Tensor:
-        """Columns `own`, (N, columns), as they would make good all that was lost before them."""
-        R = self.R[own, own]
-        return (
-            self.columns[own] + torch.linalg.solve_triangular(R.T, self.pending[own], upper=False)
-        ).T
+    def choose_steps(self, start: int, debt: Tensor) -> tuple[Tensor, Tensor]:
+        """Both steps of the super-block that begins at column `start`, float32 (N,).
 
-    def choose_steps(self, start: int) -> tuple[Tensor, Tensor]:
-        """Both steps of the super-block that begins at column `start`, float32 (N,)."""
+        `debt` (256, N) is what was lost before, see `babai.Pass.debt`.
+        """
         own, G = slice(start, start + WIDTH), self.scheme.group_size
-        x = self.wanted(own).unflatten(1, (-1, G))  # (N, C, G)
+        x = self.babai.wanted(own.start, own.stop, debt).T.unflatten(1, (-1, G))  # (N, C, G)
         weights = self.pivots[own].square().view(-1, G).expand_as(x)
         flat = x.flatten(0, 1), weights.flatten(0, 1)
         scale, offset = (t.view(x.shape[:2]) for t in fitted(*flat, self.scheme.qmax, self.middle))
@@ -137,24 +128,25 @@ class _Pass:
         self.steps[0, block], self.steps[1, block] = step.squeeze(-1), low_step.squeeze(-1)
         return step.squeeze(-1).float(), low_step.squeeze(-1).float()
 
-    def round_group(self, start: int, stop: int, steps: tuple[Tensor, Tensor]) -> Tensor:
+    def round_group(self, start: int, debt: Tensor, steps: tuple[Tensor, Tensor]) -> None:
         """Choose the integers of the group that begins at `start` and round it.
 
-        Returns what its columns lost, (G, N); later ones of the super-block, which ends before
-        `stop`, have taken it in.
+        `debt` is that of its columns and of all later ones of the super-block, which take in what
+        this group loses.
         """
         G = self.scheme.group_size
-        own, later = slice(start, start + G), slice(start + G, stop)
-        real = fitted(self.wanted(own), self.pivots[own].square(), self.scheme.qmax, self.middle)
-        R = self.R[own, own].contiguous()
+        own, later = slice(start, start + G), slice(start + G, start + len(debt))
+        columns, wanted = self.babai.columns[own], self.babai.wanted(start, own.stop, debt[:G])
+        real = fitted(wanted.T, self.pivots[own].square(), self.scheme.qmax, self.middle)
+        R = self.babai.R[own, own].contiguous()
         chosen = torch.empty(2, len(real[0]), device=R.device)
         for rows in in_parts(len(real[0]), len(NEAR) ** 2 * G):
             guess = [r[rows] * reciprocal(step[rows]) for r, step in zip(real, steps, strict=True)]
             pairs = self.near(torch.stack(guess).round_())  # (2, C, n)
             scale, offset = self.grid(pairs, steps, rows)
             *_, error = rounded_pass(
-                self.columns[own, rows].repeat(1, len(scale)),
-                self.pending[own, rows].repeat(1, len(scale)),
+                columns[:, rows].repeat(1, len(scale)),
+                debt[:G, rows].repeat(1, len(scale)),
                 R,
                 scale.flatten(),
                 offset.flatten(),
@@ -165,12 +157,10 @@ class _Pass:
         g = int(self.order[start]) // G
         self.whole[:, g] = chosen.short()
         scale, offset = self.grid(chosen.unsqueeze(1), steps, slice(None))
-        codes, lost, _ = rounded_pass(
-            self.columns[own], self.pending[own], R, scale[0], offset[0], self.scheme.qmax
-        )
+        codes, lost, _ = rounded_pass(columns, debt[:G], R, scale[0], offset[0], self.scheme.qmax)
         self.codes[own] = codes.byte()
-        self.pending[later].addmm_(self.R[own, later].T, lost)
-        return lost
+        columns.copy_(lost)
+        debt[G:].addmm_(self.babai.R[own, later].T, lost)
 
     def near(self, pairs: Tensor) -> Tensor:
         """Integers around `pairs` (2, N), as the kind can hold them: (2, C, N)."""
