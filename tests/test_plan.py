@@ -75,8 +75,9 @@ def test_output_size_is_exact_with_k_quants(tmp_path: Path) -> None:
     assert not found.problems[0].fatal
 
 
-def test_size_of_shards_and_their_index(tmp_path: Path) -> None:
-    save_tiny("llama", tmp_path / "model")
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+def test_size_of_shards_and_their_index(kind: str, tmp_path: Path) -> None:
+    save_tiny(kind, tmp_path / "model")
     api.quantize(tmp_path / "model", tmp_path / "out", method="rtn", group_size=32)
     model = api.load(tmp_path / "out")
     save(model, tmp_path / "shards", source=tmp_path / "model", max_shard_size="100kB")

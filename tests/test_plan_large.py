@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -140,6 +141,8 @@ def quantized_bytes(sizes: Mapping[str, Any]) -> int:
         }
         for suffix, (shape, dtype) in shapes.items():
             tensors[f"{key}_{suffix}"] = torch.empty(shape, dtype=dtype, device="meta")
+    numbers = {key: [part.zfill(4) for part in re.split(r"(\d+)", key)] for key in tensors}
+    tensors = {key: tensors[key] for key in sorted(tensors, key=numbers.__getitem__)}
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD)
     files = [{key: tensors[key] for key in keys} for keys in split.filename_to_tensors.values()]
     total = sum(len(header(file)) + sum(t.nbytes for t in file.values()) for file in files)

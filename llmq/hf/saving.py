@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -132,7 +133,7 @@ def original_folder(source: str | Path) -> Path:
 def checkpoint_tensors(
     model: Any, known: Collection[str], part: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Every tensor to write, under the original's names.
+    """Every tensor to write, under the original's names and sorted by these.
 
     Args:
         model: packed and attached; on meta, tensors are shapes and dtypes only.
@@ -153,7 +154,12 @@ def checkpoint_tensors(
         if known and dense not in known and (bare in known) != (prefix + dense in known):
             key = key.removeprefix(prefix) if bare in known else prefix + key
         tensors[key] = tensor
-    return tensors
+    return {key: tensors[key] for key in sorted(tensors, key=_in_order)}
+
+
+def _in_order(key: str) -> str:
+    """Sorts keys with layer 2 before layer 10."""
+    return re.sub(r"\d+", lambda number: number[0].zfill(9), key)
 
 
 def _dense_key(key: str) -> str:
