@@ -246,7 +246,6 @@ def head_inputs(
         model.set_output_embeddings(head)  # type: ignore[operator]
 
 
-@torch.no_grad()
 def logits_behind(
     model: nn.Module, blocks: nn.ModuleList, ids: Tensor, hidden: Tensor, returns_tuple: bool
 ) -> Tensor:

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +30,7 @@ from llmq.objective import Problem, Twin, posed
 from llmq.recipe import Recipe
 from llmq.retry import Effort
 from llmq.scheme import QuantizedWeight, QuantScheme, empty
-from llmq.solvers import Solver
+from llmq.solvers.feedback import Feedback, solve_rows
 from llmq.store import LayerReport
 from llmq.tuning_blocks import tune_block
 
@@ -79,6 +78,8 @@ class BlockJob:
         probe: those for a few tokens.
         recipe: what to do.
         lean: whether to keep nothing that can be computed again.
+        outputs: per linear the second moment of the loss' gradient by its outputs, float32 (N, N),
+            if its rows shall make good each other's errors.
         smoothed: whether channels are scaled already.
     """
 
@@ -89,6 +90,7 @@ class BlockJob:
     probe: Call
     recipe: Recipe
     lean: bool
+    outputs: Mapping[str, Tensor] = field(default_factory=dict)
     smoothed: bool = False
 
     def solve(self, effort: Effort) -> Solution:
@@ -115,7 +117,9 @@ class BlockJob:
                 continue
             problems = posed(work, group[0], hidden, calls, twin)
             _check(problems, f"{name}.{group[0]}")
-            for linear, found, q in _solve_group(view, work, chosen, problems, recipe.solver):
+            for linear, found, q in _solve_group(
+                view, work, chosen, problems, recipe, self.outputs
+            ):
                 solution.solved[linear] = q
                 solution.reports += [_sound(_named(report, name)) for report in found]
             if not self.lean:
@@ -146,7 +150,8 @@ def _solve_group(
     work: nn.Module,
     schemes: dict[str, QuantScheme],
     problems: list[Problem],
-    solver: Solver,
+    recipe: Recipe,
+    outputs: Mapping[str, Tensor],
 ) -> Iterator[tuple[str, list[LayerReport], list[QuantizedWeight]]]:
     """Solve linears that read the same tensor and give `work` their quantized weights.
 
@@ -156,11 +161,12 @@ def _solve_group(
     device, K = problems[0].H.device, len(problems[0].H)
     tokens = [problem.tokens for problem in problems]
     rows = {n: len(_matrix(view, n, 0)) for n in schemes}
-    shares = divide(rows, K, len(tokens), ranks.count())
+    together = not outputs.keys().isdisjoint(schemes)
+    shares = divide(rows, K, len(tokens), ranks.count(), whole=together)
     mine: dict[Piece, Solved] = {}
     for e in range(len(tokens)):
         own = [piece for piece in shares[ranks.number()] if piece.expert == e]
-        mine |= _solve_pieces(view, own, schemes, problems, solver)
+        mine |= _solve_pieces(view, own, schemes, problems, recipe, outputs)
 
     def blank(piece: Piece) -> QuantizedWeight:
         dtype = _matrix(view, piece.name, piece.expert).dtype
@@ -187,11 +193,12 @@ def _solve_pieces(
     pieces: Sequence[Piece],
     schemes: dict[str, QuantScheme],
     problems: list[Problem],
-    solver: Solver,
+    recipe: Recipe,
+    outputs: Mapping[str, Tensor],
 ) -> dict[Piece, Solved]:
     """Solve rows of matrices, all for the first of `problems`, which is taken away.
 
-    Rows never interact, so those with one scheme are solved as one tall matrix.
+    Those with one scheme are solved as one tall matrix: without feedback rows never interact.
     """
     problem, found = problems.pop(0), {}
     if not pieces:
@@ -206,9 +213,11 @@ def _solve_pieces(
         start = time.perf_counter()
         weights = [targets[p.name][p.start : p.stop] for p in own]
         targets = {n: W for n, W in targets.items() if schemes[n] != scheme}
-        tall = solver.solve(torch.cat(weights), moment, scheme)
+        moments = [outputs[p.name].to(H.device) if p.name in outputs else None for p in own]
+        how = recipe.feedback or Feedback(parts=1)
+        results = solve_rows(recipe.solver, weights, moments, moment, scheme, how)
         seconds = (time.perf_counter() - start) / len(own)
-        for piece, W, q in zip(own, weights, _split(tall, weights), strict=True):
+        for piece, W, q in zip(own, weights, results, strict=True):
             found[piece] = Solved(q, *squares(W, q, H), seconds)
     return found
 
@@ -253,11 +262,6 @@ def ratio(lost: float, size: float) -> float:
 def _matrix(block: nn.Module, name: str, expert: int) -> Tensor:
     weight = block.get_parameter(f"{name}.weight").data
     return weight[expert] if weight.ndim == 3 else weight
-
-
-def _split(q: QuantizedWeight, like: list[Tensor]) -> list[QuantizedWeight]:
-    ends = list(accumulate(len(W) for W in like))
-    return [q.rows(slice(end - len(W), end)) for end, W in zip(ends, like, strict=True)]
 
 
 def _named(report: LayerReport, prefix: str) -> LayerReport:

@@ -49,7 +49,9 @@ class Solved:
     seconds: float
 
 
-def divide(rows: Mapping[str, int], K: int, experts: int, processes: int) -> list[list[Piece]]:
+def divide(
+    rows: Mapping[str, int], K: int, experts: int, processes: int, whole: bool = False
+) -> list[list[Piece]]:
     """The pieces that each process solves; every matrix whole, unless they are too few for that.
 
     The largest piece comes first, and goes to the process that would then be done first: N K^2
@@ -60,8 +62,9 @@ def divide(rows: Mapping[str, int], K: int, experts: int, processes: int) -> lis
         K: their columns.
         experts: how many of them a stack has, else 1.
         processes: how many share the work.
+        whole: no matrix is cut, however few they are.
     """
-    parts = 1 if experts * len(rows) >= processes else processes
+    parts = 1 if whole or experts * len(rows) >= processes else processes
     pieces = [
         Piece(name, e, start, min(start + step, N))
         for name, N in rows.items()

@@ -133,7 +133,7 @@ class Gate:
 
     def _logits(self, states: Tensor) -> Tensor:
         source = self._source
-        with source.outer():
+        with source.outer(), torch.no_grad():
             tied = self._recording.returns_tuple
             return logits_behind(source.model, source.blocks, self._tokens, states, tied)
 

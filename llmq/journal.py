@@ -6,7 +6,8 @@
         journal.json                 what the run is, and what of it is finished
         part-00000.safetensors ...   finished blocks, packed
         stream-0-00003-00000.bin     the hidden states that leave the last finished block
-        tuning-00015.safetensors     the state of tuning after so many steps
+        aside-outputs-12.safetensors what block 12 will be solved with
+    tuning-00015.safetensors     the state of tuning after so many steps
         result/                      becomes OUT, by rename, when it is complete
 
 The journal is replaced as a whole, by rename, after the files that it names are written. So the
@@ -39,7 +40,7 @@ else:
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 _JOURNAL = "journal.json"
 _LOCK = "lock"
 LOG = "quantization_log.jsonl"
@@ -55,6 +56,7 @@ class Journal:
         identity: everything that determines the result, by name.
         blocks: per finished block, its file, that file's SHA-256, and its layers' reports.
         streams: per stream of hidden states, per batch, file, SHA-256, dtype and shape.
+        aside: by name, what blocks that are not finished will be solved with: file, SHA-256.
         tuning: after the last block, the state of scale tuning: its file, that file's SHA-256, and
             the numbers of a `tuning.Progress`.
         complete: whether `result/` only waits to be renamed.
@@ -63,13 +65,15 @@ class Journal:
     identity: dict[str, Any]
     blocks: list[dict[str, Any]] = field(default_factory=list)
     streams: list[list[dict[str, Any]]] = field(default_factory=list)
+    aside: dict[str, dict[str, Any]] = field(default_factory=dict)
     tuning: dict[str, Any] | None = None
     complete: bool = False
 
     def files(self) -> list[dict[str, Any]]:
         """Every file that it names, with its SHA-256."""
         tuning = [self.tuning] if self.tuning else []
-        return [*self.blocks, *tuning, *(entry for stream in self.streams for entry in stream)]
+        streams = (entry for stream in self.streams for entry in stream)
+        return [*self.blocks, *self.aside.values(), *tuning, *streams]
 
 
 class Workplace:

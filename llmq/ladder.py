@@ -27,6 +27,7 @@ from llmq.scheme import QuantScheme
 from llmq.solvers.awq import AWQ
 from llmq.solvers.books import Codebook
 from llmq.solvers.descent import Polished
+from llmq.solvers.feedback import Feedback
 from llmq.solvers.gptq import GPTQ
 from llmq.solvers.rtn import RTN
 from llmq.solvers.superblocks import OnSuperBlocks
@@ -41,8 +42,8 @@ METHODS = {
 }
 QUALITIES = {
     "fast": Recipe(solver=Polished()),
-    "balanced": Recipe(solver=Polished(), match=True),
-    "best": Recipe(solver=Polished(), match=True, scales=ScaleTuning()),
+    "balanced": Recipe(solver=Polished(), match=True, feedback=Feedback()),
+    "best": Recipe(solver=Polished(), match=True, feedback=Feedback(), scales=ScaleTuning()),
 }
 DEFAULT = "balanced"
 # Bits of super-blocks -> those of rows that are none: Q4_0, Q5_0 or Q8_0 in GGUF, exactly.
@@ -78,7 +79,8 @@ def in_scheme(recipe: Recipe, scheme: QuantScheme) -> Recipe:
                 "others scale or tune integers."
             )
         rounded = isinstance(recipe.solver, RTN)
-        recipe = dataclasses.replace(recipe, solver=Codebook(feedback=not rounded))
+        book = Codebook(feedback=not rounded)
+        recipe = dataclasses.replace(recipe, solver=book, feedback=None)
     if isinstance(scheme, SuperBlockScheme):
         if recipe.awq or recipe.scales:
             raise SchemeError(
@@ -88,7 +90,7 @@ def in_scheme(recipe: Recipe, scheme: QuantScheme) -> Recipe:
         plain = recipe.solver
         sweeps = plain.sweeps if isinstance(plain, Polished) else 0
         own = OnSuperBlocks(plain, feedback=not isinstance(plain, RTN), sweeps=sweeps)
-        recipe = dataclasses.replace(recipe, solver=own)
+        recipe = dataclasses.replace(recipe, solver=own, feedback=None)
     return dataclasses.replace(recipe, scheme=scheme)
 
 

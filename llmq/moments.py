@@ -112,6 +112,16 @@ def capped(sizes: Tensor, times: float) -> Tensor:
     return sizes.minimum(times * sizes.mean())
 
 
+def weight_roots(rows: Tensor, times: float) -> Tensor:
+    """Square roots of weights of tokens (T, K) by which none has more than `times` the mean |x|^2.
+
+    Float32 (T, 1).
+    """
+    square = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float32).square()
+    square = square.clamp(min=torch.finfo(square.dtype).tiny)  # 1 for tokens of zeros
+    return (capped(square, times) / square).sqrt()
+
+
 def quadratic(D: Tensor, H: Tensor) -> Tensor:
     """d H d^T for every row d of D (N, K): (N,), computed in the dtype of D.
 

@@ -24,6 +24,8 @@ def memory(shape: Shape, job: Job) -> list[Phase]:
     phases = [Phase("checking the source", host={"pieces of files": 3 * CHUNK})]
     if job.scan:
         phases.append(_scanning(shape, job))
+    if job.felt:
+        phases += _going_back(shape, job)
     phases += _on_blocks(shape, job)
     phases += _ending(shape, job)
     if job.head:
@@ -31,6 +33,34 @@ def memory(shape: Shape, job: Job) -> list[Phase]:
     if job.tuning:
         phases.append(_tuning(shape, job))
     return phases
+
+
+def _felt(shape: Shape) -> int:
+    """Bytes of the output moments of a block."""
+    return 4 * sum(group.felt(shape.hidden) for group in shape.groups)
+
+
+def aside(shape: Shape, job: Job) -> int:
+    """Bytes of files that `curvature` puts aside: states on the way there, moments on that back."""
+    if not job.felt:
+        return 0
+    return shape.blocks * max(job.felt * shape.hidden * shape.itemsize, _felt(shape))
+
+
+def _going_back(shape: Shape, job: Job) -> Iterator[Phase]:
+    """Some windows go through the model and back, one at a time; in between there are logits."""
+    streams = {"states and gradients": 3 * job.felt * shape.hidden * shape.itemsize}
+    inside = sum(g.active * (2 * g.rows + g.columns) for g in shape.groups) + 6 * shape.hidden
+    pairs = shape.heads * job.window**2 * (shape.itemsize + 4) if shape.eager else 0
+    logits = job.window * shape.vocabulary * (4 * 4 + 2 * shape.itemsize)
+    output = {"output layer": _head_bytes(shape)}
+    yield Phase("drawing labels", {**streams, "logits": logits}, {}, output)
+    back = {
+        "a copy of the block": shape.block_bytes,
+        "activations": 2 * job.window * shape.itemsize * inside + 2 * pairs,
+        "output moments": 2 * _felt(shape),
+    }
+    yield Phase("going back", {**streams, **back}, {}, {"source of the block": shape.block_bytes})
 
 
 def _on_blocks(shape: Shape, job: Job) -> list[Phase]:
@@ -79,6 +109,8 @@ def _solving(shape: Shape, job: Job, index: int) -> Iterator[Phase]:
     matched = job.match and g.experts == 1
     codes = sum(group.weights for group in shape.groups[: index + 1])
     fixed = {**_carried(shape, job), **_block(shape, job), "codes": codes}
+    if job.felt:
+        fixed["output moments"] = _felt(shape)
     source = {"source of the block": shape.block_bytes}
     # Of the quantized and the full stream: x x^T and (x - x~) x~^T, both for fitting and judging.
     sums = 4 * square if matched else g.experts * square + (square if g.experts > 1 else 0)
@@ -100,6 +132,8 @@ def _solving(shape: Shape, job: Job, index: int) -> Iterator[Phase]:
     # Afterwards: a slice of values and errors in float32; or one matrix of codes becomes weights.
     after = tall + matrix + max(24 * min(SLICE, matrix), _values(g, shape.itemsize))
     solving = solver(g.share(job.processes), job, shape.itemsize)
+    if job.felt and (felt := 4 * g.felt(shape.hidden)):  # factors, then what parts have lost
+        solving += felt + 4 * matrix
     work = {"second moments": held, "solver": max(solving, after)}
     yield Phase("solving", {**fixed, **work}, {}, source)
 

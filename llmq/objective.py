@@ -28,7 +28,7 @@ from llmq.adapters import RoutedLinear
 from llmq.blocks import inputs_of
 from llmq.calls import Call
 from llmq.factor import divided, factor
-from llmq.moments import SecondMoment, capped, second_moments, with_prior
+from llmq.moments import SecondMoment, second_moments, weight_roots, with_prior
 from llmq.residual import enters_a_sum, reads_and_sums
 from llmq.solvers.gptq import alive
 
@@ -78,7 +78,7 @@ class Drift:
     @torch.no_grad()
     def add(self, x: Tensor, full_x: Tensor, missing: Tensor | None = None) -> None:
         """Take in quantized and full inputs (..., K) and h - h~ (..., N), if there is one."""
-        roots = _roots(x.flatten(0, -2))
+        roots = weight_roots(x.flatten(0, -2), MOST)
         rows = x.flatten(0, -2) * roots
         self.inputs.add(rows)
         self.D.addmm_((full_x.flatten(0, -2) * roots).sub_(rows).T, rows)
@@ -110,13 +110,6 @@ class Drift:
         """Upper R, float32 (K, K), with R R^T = H + lambda I."""
         H = self.inputs.mean()
         return factor(alive(H), damping(self.inputs.count, len(H)))
-
-
-def _roots(rows: Tensor) -> Tensor:
-    """Square roots of the weights of tokens (T, K), float32 (T, 1)."""
-    square = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float32).square()
-    square = square.clamp(min=torch.finfo(square.dtype).tiny)  # 1 for tokens of zeros
-    return (capped(square, MOST) / square).sqrt()
 
 
 @dataclass(frozen=True)

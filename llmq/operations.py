@@ -34,7 +34,8 @@ def operations(shape: Shape, job: Job) -> dict[str, float]:
         g = whole.share(job.processes)
         if job.match and g.experts == 1:
             _matching(total, g)
-        _solving(total, g, job)
+        parts = job.parts if job.felt and g.felt(shape.hidden) else 1
+        _solving(total, g, job, parts)
         N, K, E = g.rows, g.columns, g.experts
         total["float32"] += 2.5 * E * N * K * K  # the error of the layer
         total["elements"] += (LOOKS + 40) * E * N * K  # and rounding for the gate, packing
@@ -51,6 +52,8 @@ def operations(shape: Shape, job: Job) -> dict[str, float]:
         _solving(total, Group(N, N, K), job)
     if job.tuning:
         _tuning(total, shape, job)
+    if job.felt:
+        _going_back(total, shape, job)
     if job.scan:
         weights = shape.blocks * sum(g.active * g.rows * g.columns for g in shape.groups)
         total["model"] += 6 * min(job.tokens, 32 * job.window) * weights
@@ -87,8 +90,19 @@ def _factor(K: int) -> float:
     return K**3 / 3 + 900 * K**2
 
 
-def _solving(total: dict[str, float], g: Group, job: Job) -> None:
-    """What the solver does."""
+def _going_back(total: dict[str, float], shape: Shape, job: Job) -> None:
+    """Through every block twice and back once, and with logits; moments and their factors."""
+    weights = shape.blocks * sum(g.active * g.rows * g.columns for g in shape.groups)
+    total["model"] += 6 * job.felt * weights
+    total["model"] += 4 * job.felt * shape.vocabulary * shape.hidden
+    total["elements"] += 10 * job.felt * shape.vocabulary
+    squares = shape.blocks * sum(g.felt(shape.hidden) for g in shape.groups)
+    total["float32"] += 1.25 * job.felt * squares + shape.hidden * squares
+    total["float64"] += shape.hidden / 3 * squares
+
+
+def _solving(total: dict[str, float], g: Group, job: Job, parts: int = 1) -> None:
+    """What the solver does, a part of the rows after the other."""
     N, K, E = g.rows, g.columns, g.experts
     weights, width = E * N * K, K if job.group == -1 else job.group
     search = COPIES + 7 * CANDIDATES[job.symmetric] + 16 * REFITS  # visits per weight
@@ -107,16 +121,16 @@ def _solving(total: dict[str, float], g: Group, job: Job) -> None:
         total["steps"] += 20 * E * K
         return
     visits = search + 10 + inside / 2
-    total["steps"] += 10 * E * K
+    total["steps"] += 10 * E * K * parts
     if job.trials:
         grids = 2 * job.trials + NEAR
         visits += 9 * REFITS * job.trials + grids * (10 + inside / 2)
-        parts = -(-2 * job.trials * width * N // TRIALS)
-        total["steps"] += 20 * E * K * parts
+        pieces = max(parts, -(-2 * job.trials * width * N // TRIALS))
+        total["steps"] += 20 * E * K * pieces
     if job.kind == "polished":
         visits += SWEEPS * (90 + inside / 2)
         total["float32"] += SWEEPS * 2 * product
-        total["steps"] += SWEEPS * 7 * E * K
+        total["steps"] += SWEEPS * 7 * E * K * parts
         total["float64"] += 2.5 * weights * K  # which rows became better
         total["elements"] += 2 * LOOKS * weights
     total["elements"] += BROADCAST * weights * visits

@@ -12,7 +12,8 @@ from torch import nn
 from llmq import machine
 from llmq.adapters import as_linears, run_dtype, shared_copy
 from llmq.blocks import decoder_blocks, linears
-from llmq.needs import memory, states
+from llmq.curvature import spacing
+from llmq.needs import aside, memory, states
 from llmq.objective import HELD_OUT
 from llmq.operations import operations
 from llmq.recipe import Recipe
@@ -89,6 +90,8 @@ def job(
         batch=batch_windows(windows, window) * window,
         kind=kind,
         match=recipe.match,
+        felt=_felt(recipe, windows, window, processes),
+        parts=recipe.feedback.parts if recipe.feedback else 1,
         awq=recipe.awq is not None,
         lean=lean,
         scan=scan,
@@ -101,6 +104,14 @@ def job(
         trials=inner.trials if isinstance(inner, GPTQ) and recipe.scheme.group_size != -1 else 0,
         processes=processes,
     )
+
+
+def _felt(recipe: Recipe, windows: int, window: int, processes: int) -> int:
+    """Tokens of this process on which `curvature` measures what the loss feels."""
+    if recipe.feedback is None:
+        return 0
+    every = spacing(processes * windows * window, recipe.feedback.tokens)
+    return -(-windows // every) * window
 
 
 def shape(model: Any, recipe: Recipe) -> Shape:
@@ -171,7 +182,7 @@ def foresee(
         needed_bytes=base + _taken(worst, device),
         gpu_bytes=0 if device == "cpu" else max(p.on_device for p in memory(shape, job)),
         phase=worst.name,
-        disk_bytes=2 * output_bytes + 2 * kept,
+        disk_bytes=2 * output_bytes + 2 * kept + aside(shape, job),
         seconds=seconds,
     )
 

@@ -12,6 +12,7 @@ import transformers
 import llmq
 from llmq import plan, ranks
 from llmq.ahead import read_ahead
+from llmq.curvature import prepare
 from llmq.errors import SchemeError
 from llmq.gate import Gate
 from llmq.hf.streaming import StoredModel
@@ -147,6 +148,8 @@ def solve(run: Run, *, show: bool) -> Solved | None:
     blocks, before = len(source.blocks), len(work.journal.blocks)
     with enough_memory():
         gate = Gate(source, run.text.judge, device) if first else None
+        with progress_bar("Going backwards", 2 * blocks, show=show and first) as passed:
+            prepare(source.model, batches, recipe, device, Streamed(source, work, None), passed)
         with (
             progress_bar("Quantizing", blocks, show=show and first, before=before) as finished,
             read_ahead(source.block, blocks, device) as read,

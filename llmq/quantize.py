@@ -1,6 +1,7 @@
 """The flow: quantize a model in place, one decoder block at a time.
 
     record how every block is called          (blocks.record_calls; no block is computed)
+    measure how the loss feels their outputs  (curvature; optional)
     for each block:
         solve its matrices                     (blockwise)
         carry the hidden states through it, with the quantized weights
@@ -25,6 +26,7 @@ from llmq.adapters import run_dtype
 from llmq.blocks import decoder_blocks, head_inputs, record_calls
 from llmq.blockwise import PROBE, BlockJob, Solution, relative_error
 from llmq.calls import Call
+from llmq.curvature import prepare
 from llmq.errors import NonFiniteError
 from llmq.moments import second_moments
 from llmq.nn import PackedEmbedding, linear_from
@@ -70,6 +72,7 @@ def quantize(
     embeddings = embedding_scheme(model, recipe)
     prefix, blocks = decoder_blocks(model)
     store = store or InMemory(blocks)
+    prepare(model, batches, recipe, device, store)
     hidden, *more = streams = store.streams(2 if recipe.match else 1)
     full = more[0] if more else []  # the same, never quantized
     with store.outer():
@@ -89,13 +92,14 @@ def quantize(
     for i in range(store.start, len(blocks)):
         block, name = store.open(i), f"{prefix}.{i}"
         calls = recording.calls[i]
-        job = BlockJob(block, name, streams, calls, probes.calls[i][0], recipe, store.lean)
+        outputs = store.take(f"outputs-{i}") if recipe.feedback else {}
+        job = BlockJob(block, name, streams, calls, probes.calls[i][0], recipe, store.lean, outputs)
         solution = retries.run(name, job.solve, together=True)
         yield from solution.reports
         _advance(solution, name, streams, calls, retries)
         store.close(i, block, solution.solved, solution.reports)
         calls.clear()
-        del block, job, solution
+        del block, job, solution, outputs
     if recipe.lm_head:
         with store.outer():
             inputs = head_inputs(model, blocks, batches, hidden, recording.returns_tuple)

@@ -16,6 +16,7 @@ from llmq.nn import STACKS, is_stacked_experts
 from llmq.scheme import QuantScheme, check_groups
 from llmq.solvers import Solver
 from llmq.solvers.awq import AWQ
+from llmq.solvers.feedback import Feedback
 from llmq.solvers.gptq import GPTQ
 from llmq.superblocks import SuperBlockScheme
 from llmq.tuning import ScaleTuning
@@ -33,6 +34,8 @@ class Recipe:
         schemes: number formats of matrices that have one of their own, by module name.
         match: ask for the full-precision outputs, given the inputs behind quantized layers
             (see `objective`); else for the outputs that these inputs have in full precision.
+        feedback: how rows of a matrix make good each other's errors, weighed by what the loss feels
+            of the matrix's outputs (see `curvature`), or None. Experts have none.
         block: how codes and scales of a finished block are tuned towards the full-precision
             block's output, or None; needs `match`. Reports tell of the codes before that.
         scales: how scales are tuned when the last block is finished. That is done by who calls
@@ -56,6 +59,7 @@ class Recipe:
     lm_head: bool = False
     embeddings: int | None = None
     match: bool = False
+    feedback: Feedback | None = None
     block: BlockTuning | None = None
     scales: ScaleTuning | None = None
     schemes: Mapping[str, QuantScheme] = field(default_factory=dict)

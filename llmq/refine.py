@@ -90,6 +90,7 @@ class Answers:
         for buffer in self._model.buffers():
             buffer.data = buffer.data.to(where)
 
+    @torch.no_grad()
     def __call__(self, batch: int, rows: slice) -> Tensor:
         """Logits (B, T, V) of rows of a batch."""
         ids, states = self._batches[batch][rows], self._states[batch][rows]

@@ -31,6 +31,10 @@ class Group:
         """All weights."""
         return self.experts * self.rows * self.columns
 
+    def felt(self, hidden: int) -> int:
+        """Numbers in the output moments of its matrices (see `curvature`), about."""
+        return self.rows * self.widest if self.experts == 1 and self.widest <= hidden else 0
+
     def share(self, processes: int) -> Group:
         """What one of so many processes solves, about; see `division.divide`."""
         if self.experts >= processes:
@@ -77,6 +81,8 @@ class Job:
         kind: of solver: rounding, rounding on searched grids, GPTQ, GPTQ and descent, or GPTQ with
             code books.
         match: whether the full-precision stream is carried along.
+        felt: tokens on which it is measured how the loss feels the outputs of linears.
+        parts: that matrices are then solved in.
         awq: whether channels are scaled.
         lean: whether hidden states are kept in files.
         scan: whether the whole model is run backwards first, to allocate an average of bits.
@@ -95,6 +101,8 @@ class Job:
     batch: int
     kind: Kind
     match: bool = False
+    felt: int = 0
+    parts: int = 1
     awq: bool = False
     lean: bool = False
     scan: bool = False

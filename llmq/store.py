@@ -41,12 +41,14 @@ class Store(Protocol):
     Attributes:
         start: how many blocks an interrupted run has finished; the flow goes on after them.
         done: the reports of those.
+        prepared: whether everything is put aside that blocks are solved with.
         lean: whether memory is scarcer than time: nothing is kept that can be computed again.
     """
 
     lean: bool
     start: int
     done: list[LayerReport]
+    prepared: bool
 
     def outer(self) -> AbstractContextManager[None]:
         """The model with the weights of everything but the blocks, for the length of a `with`."""
@@ -54,6 +56,26 @@ class Store(Protocol):
 
     def open(self, index: int) -> nn.Module:
         """Block `index` with its weights."""
+        ...
+
+    def look(self, index: int) -> nn.Module:
+        """Block `index` with its weights, which will not be changed."""
+        ...
+
+    def put_aside(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep tensors until they are asked for."""
+        ...
+
+    def take(self, name: str) -> Mapping[str, Tensor]:
+        """What was put aside under this name."""
+        ...
+
+    def forget(self, name: str) -> None:
+        """It is not needed any more."""
+        ...
+
+    def ready(self) -> None:
+        """What is aside now is all that blocks are solved with; a run that is stopped has it."""
         ...
 
     def streams(self, count: int) -> Sequence[MutableSequence[Tensor]]:
@@ -82,9 +104,26 @@ class InMemory:
         self.lean = False
         self.start = 0
         self.done: list[LayerReport] = []
+        self.prepared = False
+        self._aside: dict[str, Mapping[str, Tensor]] = {}
 
     def outer(self) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def look(self, index: int) -> nn.Module:
+        return self._blocks[index]
+
+    def put_aside(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        self._aside[name] = tensors
+
+    def take(self, name: str) -> Mapping[str, Tensor]:
+        return self._aside[name]
+
+    def forget(self, name: str) -> None:
+        del self._aside[name]
+
+    def ready(self) -> None:
+        self.prepared = True
 
     def open(self, index: int) -> nn.Module:
         return self._blocks[index]

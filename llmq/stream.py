@@ -16,6 +16,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from llmq import ranks, shards
@@ -77,7 +78,9 @@ class Streamed:
         self._kept: list[list[dict[str, Any]]] = []  # what the journal names of this process
         self._streams: list[MutableSequence[Tensor]] = []
         self._files: list[States] = []
+        self._aside: dict[str, dict[str, Any]] = {}
         self.start = len(work.journal.blocks)
+        self.prepared = bool(work.journal.aside or work.journal.blocks)
         self.done = [_report(e) for block in work.journal.blocks for e in block["layers"]]
 
     def outer(self) -> AbstractContextManager[None]:
@@ -88,6 +91,32 @@ class Streamed:
             states.boundary = index + 1
         self._opened = time.perf_counter()
         return self._read(index)
+
+    def look(self, index: int) -> nn.Module:
+        return self._source.block(index)
+
+    def put_aside(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        file = f"aside-{name}.safetensors"
+        with writing(self._work.out):
+            self._aside[name] = {
+                "file": file,
+                "sha256": shards.write(self._work.folder / file, tensors),
+            }
+
+    def take(self, name: str) -> Mapping[str, Tensor]:
+        return load_file(self._work.folder / f"aside-{name}.safetensors")
+
+    def forget(self, name: str) -> None:
+        (self._work.folder / f"aside-{name}.safetensors").unlink()
+        del self._aside[name]
+
+    def ready(self) -> None:
+        self._work.journal.aside = ranks.of_the_first(dict(self._aside))
+        if ranks.number() == 0:
+            with writing(self._work.out):
+                self._work.commit()
+        ranks.of_the_first(None)  # it is written when the others ask for it
+        self.prepared = True
 
     def streams(self, count: int) -> Sequence[MutableSequence[Tensor]]:
         # Of every process, those of the flow and the gate's.
@@ -127,10 +156,13 @@ class Streamed:
                 layers = [layer_entry(report) for report in reports]
                 self._work.journal.blocks.append({**part, "layers": layers})
                 self._work.journal.streams = streams
+                used = self._work.journal.aside.pop(f"outputs-{index}", None)
                 self._work.commit()
                 clock.append(time.perf_counter())
                 self._log(index, reports, clock)
             ranks.of_the_first(None)  # what is old is needed until the journal is written
+            if ranks.number() == 0 and used:
+                (self._work.folder / used["file"]).unlink()
             for file in old - {entry["file"] for new in self._kept for entry in new}:
                 (self._work.folder / file).unlink()
         if self._finished:

@@ -118,8 +118,8 @@ def main() -> None:
     for key, tensor in tensors.items():
         if not key.endswith(PARTS):
             weights[key] = tensor.float()
-    # A wrong layout gives an error near 1.4; folded scales may move a weight a good deal.
-    if max(errors) > 0.9 or not all(w.isfinite().all() for w in weights.values()):
+    # A wrong layout gives an error near 1.4; 2 bits may give 1 where inputs have few directions.
+    if max(errors) > 1.2 or not all(w.isfinite().all() for w in weights.values()):
         raise SystemExit(f"{args.quantized}: not what it claims to be (error {max(errors):.2f}).")
 
     model.load_state_dict(weights)

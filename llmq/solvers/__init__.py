@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -21,3 +23,22 @@ class Solver(Protocol):
             scheme: the number format; its group size divides K.
         """
         ...
+
+
+Rounding = Callable[[Tensor], QuantizedWeight]  # W (N, K) -> its codes
+
+
+@runtime_checkable
+class Preparing(Solver, Protocol):
+    """A solver that can do once for many matrices what depends on H alone."""
+
+    def over(self, H: Tensor, scheme: QuantScheme) -> Rounding:
+        """`solve` for this H and scheme."""
+        ...
+
+
+def over(solver: Solver, H: Tensor, scheme: QuantScheme) -> Rounding:
+    """A solver for one H and scheme, to be called with many matrices."""
+    if isinstance(solver, Preparing):
+        return solver.over(H, scheme)
+    return partial(solver.solve, H=H, scheme=scheme)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llmq.moments import quadratic
 from llmq.scheme import QuantizedWeight, QuantScheme, stored
-from llmq.solvers import Solver
+from llmq.solvers import Rounding, Solver, over
 from llmq.solvers.gptq import GPTQ, alive
 
 PANEL = 128  # columns between two updates of everything else in a wider group
@@ -41,7 +41,13 @@ class Polished:
 
     def solve(self, W: Tensor, H: Tensor, scheme: QuantScheme) -> QuantizedWeight:
         """See `solvers.Solver.solve`."""
-        return descend(W, alive(H), self.start.solve(W, H, scheme), self.sweeps)
+        return self.over(H, scheme)(W)
+
+    def over(self, H: Tensor, scheme: QuantScheme) -> Rounding:
+        """See `solvers.Preparing`."""
+        start = over(self.start, H, scheme)
+        H = alive(H)
+        return lambda W: descend(W, H, start(W), self.sweeps)
 
 
 class Moves(Protocol):

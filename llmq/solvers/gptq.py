@@ -21,6 +21,7 @@ from torch import Tensor
 
 from llmq.factor import factor, inverted
 from llmq.scheme import QuantizedWeight, QuantScheme, grouped, minmax_grid
+from llmq.solvers import Rounding
 from llmq.solvers.babai import BLOCK, Pass
 from llmq.solvers.grid import AT_ONCE, by_column, search_grid
 from llmq.solvers.trials import tried_grid
@@ -50,13 +51,17 @@ class GPTQ:
 
     def solve(self, W: Tensor, H: Tensor, scheme: QuantScheme) -> QuantizedWeight:
         """See `solvers.Solver.solve`."""
-        width = scheme.group_width(W.shape[1])
+        return self.over(H, scheme)(W)
+
+    def over(self, H: Tensor, scheme: QuantScheme) -> Rounding:
+        """See `solvers.Preparing`."""
+        width = scheme.group_width(len(H))
         H = alive(H)
         order = column_order(H.diagonal(), width, self.order)
         R = factor(H, self.damp, order)
         trials = self.trials if self.search and width <= BLOCK else 0
         dynamic = self.order != "static"
-        return _Run(W, R, order, width, scheme, self.search, dynamic, trials).solve()
+        return lambda W: _Run(W, R, order, width, scheme, self.search, dynamic, trials).solve()
 
 
 def alive(H: Tensor) -> Tensor:

@@ -1,0 +1,109 @@
+"""Feedback between rows, against least squares in float64; solvers see one part after the other."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from hypothesis import given, strategies as st
+from torch import Tensor
+
+from llmq.scheme import QuantizedWeight, QuantScheme
+from llmq.solvers.descent import Polished
+from llmq.solvers.feedback import Feedback, solve_rows
+from llmq.solvers.gptq import GPTQ
+from llmq.solvers.rtn import RTN
+
+SCHEME = QuantScheme(2, 32, symmetric=False)
+
+
+def moment(size: int, generator: torch.Generator, rank: int | None = None) -> Tensor:
+    """Of correlated vectors, a few of which are large."""
+    mix = torch.randn(size, rank or size, generator=generator)
+    rows = torch.randn(4 * size, rank or size, generator=generator) @ mix.T
+    return (
+        rows.T @ (rows * (1 + 9 * torch.rand(len(rows), 1, generator=generator) ** 8)) / len(rows)
+    )
+
+
+def felt(W: Tensor, q: QuantizedWeight, G: Tensor, H: Tensor) -> float:
+    """tr(G E H E^T)."""
+    E = W.double() - q.dequantize(torch.float64)
+    return float((G.double() @ E @ H.double() * E).sum())
+
+
+@dataclass
+class Noting:
+    """Rounds to nearest and notes what it was given."""
+
+    given: list[Tensor] = field(default_factory=list)
+
+    def solve(self, W: Tensor, H: Tensor, scheme: QuantScheme) -> QuantizedWeight:
+        self.given.append(W)
+        return RTN().solve(W, H, scheme)
+
+
+@given(st.integers(0, 10**6), st.sampled_from([2, 3, 7, 24]))
+def test_a_part_is_where_the_rest_could_make_good_what_is_lost(seed, parts):
+    """If all rows not yet rounded were free, these would be their best values."""
+    g = torch.Generator().manual_seed(seed)
+    W, G, H = torch.randn(24, 32, generator=g), moment(24, g), moment(32, g)
+    solver, damp = Noting(), 0.01
+    [q] = solve_rows(solver, [W], [G], H, SCHEME, Feedback(parts, damp))
+    order = G.diagonal().argsort(descending=True, stable=True)
+    exact = (G.double() + damp * G.diagonal().double().mean() * torch.eye(24))[order][:, order]
+    E = (W.double() - q.dequantize(torch.float64))[order]
+    done = 0
+    for part in solver.given:
+        free = torch.linalg.solve(exact[done:, done:], exact[done:, :done] @ E[:done])
+        wanted = W.double()[order][done:] + free
+        torch.testing.assert_close(part.double(), wanted[: len(part)], atol=1e-3, rtol=1e-3)
+        done += len(part)
+    assert done == 24
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_loss_feels_less(seed):
+    g = torch.Generator().manual_seed(seed)
+    W, G, H = torch.randn(64, 64, generator=g), moment(64, g, 24), moment(64, g)
+    plain = GPTQ().solve(W, H, SCHEME)
+    lost = [felt(W, plain, G, H)]
+    for parts in (2, 8, 64):
+        [q] = solve_rows(GPTQ(), [W], [G], H, SCHEME, Feedback(parts))
+        lost.append(felt(W, q, G, H))
+    assert lost[3] < 0.8 * lost[0]
+    assert max(lost[1:3]) < lost[0]
+
+
+@pytest.mark.parametrize("how", [Feedback(), Feedback(parts=1)])
+def test_without_moments_or_parts_nothing_changes(how):
+    g = torch.Generator().manual_seed(0)
+    first, second, H = (
+        torch.randn(9, 32, generator=g),
+        torch.randn(5, 32, generator=g),
+        moment(32, g),
+    )
+    G = None if how.parts > 1 else moment(9, g)
+    found = solve_rows(Polished(), [first, second], [G, None], H, SCHEME, how)
+    for W, q in zip((first, second), found, strict=True):
+        assert torch.equal(q.dequantize(), Polished().solve(W, H, SCHEME).dequantize())
+
+
+def test_matrices_of_other_heights_and_moments_without_rank_are_solved_together():
+    g = torch.Generator().manual_seed(0)
+    matrices = [torch.randn(n, 32, generator=g) for n in (3, 17, 8, 1)]
+    moments = [torch.zeros(3, 3), moment(17, g, 2), None, torch.ones(1, 1)]
+    found = solve_rows(Polished(), matrices, moments, moment(32, g), SCHEME, Feedback(4))
+    for W, q in zip(matrices, found, strict=True):
+        assert q.shape == W.shape
+        assert bool(q.dequantize().isfinite().all())
+
+
+def test_the_factor_of_h_is_made_once(monkeypatch):
+    from llmq.solvers import gptq
+
+    made, real = [], gptq.factor
+    monkeypatch.setattr(gptq, "factor", lambda *args: made.append(1) or real(*args))
+    g = torch.Generator().manual_seed(0)
+    W, G, H = torch.randn(64, 32, generator=g), moment(64, g), moment(32, g)
+    solve_rows(Polished(), [W], [G], H, SCHEME, Feedback(8))
+    assert len(made) == 1
