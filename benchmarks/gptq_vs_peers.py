@@ -96,13 +96,6 @@ def command(contender: Contender, args: argparse.Namespace, calib: Path, out: Pa
     ]
 
 
-def tokenize(model: Path, texts: list[Path], calib: Path, samples: int, seq_len: int) -> None:
-    """Write the calibration tokens that all contenders get."""
-    script = [str(PEERS / "windows.py"), str(model), *map(str, texts), str(calib)]
-    sizes = ["--samples", str(samples), "--seq-len", str(seq_len)]
-    subprocess.run([sys.executable, *script, *sizes], check=True)
-
-
 def timed(argv: list[str], threads: int, log: Path, cwd: Path) -> dict[str, Any]:
     """Run a process to its end; its own cost and the last JSON line that it printed."""
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
@@ -227,7 +220,9 @@ def main() -> None:
         setattr(args, name, getattr(args, name) and str(Path(getattr(args, name)).absolute()))
     args.work.mkdir(parents=True, exist_ok=True)
     calib = args.work / "calibration.json"
-    tokenize(args.model, [args.calibration], calib, args.samples, args.seq_len)
+    sizes = (str(args.samples), str(args.seq_len))
+    windows = [str(PEERS / "windows.py"), str(args.model), str(args.calibration), str(calib)]
+    subprocess.run([sys.executable, *windows, *sizes], check=True)
 
     rows, plain = [], []
     for contender in chosen(args):

@@ -33,7 +33,7 @@ from typing import Any
 
 import quality_report
 from environment import environment
-from gptq_vs_peers import Contender, dequantize, judge, run, tokenize, versions
+from gptq_vs_peers import PEERS, Contender, dequantize, judge, run, versions
 
 RESULTS = Path("benchmarks/results/quality.json")
 AT_ONCE = 4  # candidates in the judge's memory
@@ -79,7 +79,7 @@ def mixed(average: float, symmetric: bool) -> list[Contender]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path, nargs="?")
-    parser.add_argument("--calibration", type=Path, nargs="+", help="as many tokens of each")
+    parser.add_argument("--calibration", type=Path)
     parser.add_argument("--text", type=Path, nargs="+")
     parser.add_argument("--name", help="of the model in the table (default: its folder's)")
     parser.add_argument(
@@ -202,22 +202,22 @@ def main() -> None:
     name = args.name or args.model.resolve().name
     args.join = args.join * len(args.text) if len(args.join) == 1 else args.join
     args.text = [path.absolute() for path in args.text]
-    for key in ("model", "work"):
+    for key in ("model", "calibration", "work"):
         setattr(args, key, getattr(args, key).absolute())
     for key in DISTRIBUTIONS:  # absolute, but never through the symbolic link
         setattr(args, key, getattr(args, key) and str(Path(getattr(args, key)).absolute()))
     args.work.mkdir(parents=True, exist_ok=True)
-    args.calibration = [path.absolute() for path in args.calibration]
-    calib = args.work / f"calibration-{args.samples}x{args.seq_len}.json"
-    tokenize(args.model, args.calibration, calib, args.samples, args.seq_len)
+    sizes = (str(args.samples), str(args.seq_len))
+    calib = args.work / f"calibration-{'x'.join(sizes)}.json"
+    windows = [str(PEERS / "windows.py"), str(args.model), str(args.calibration), str(calib)]
+    subprocess.run([sys.executable, *windows, *sizes], check=True)
     peers = {
         tool: versions(getattr(args, tool), (distribution, "torch", "transformers"))
         for tool, distribution in DISTRIBUTIONS.items()
         if getattr(args, tool)
     }
     head: dict[str, Any] = {"environment": environment(args.threads), "peers": peers}
-    texts = " and ".join(path.name for path in args.calibration)
-    calibration = f"{texts}: {args.samples} x {args.seq_len} tokens"
+    calibration = f"{args.calibration.name}: {args.samples} x {args.seq_len} tokens"
     for average, chosen in settings(args):
         for row in measure(average, chosen, args, calib):
             row = {"model": name, "calibration": calibration, **row}
