@@ -39,6 +39,7 @@ from llmq.recipe import Recipe
 from llmq.retry import Effort, Retries
 from llmq.store import Store
 
+LOGITS = 1 << 23  # that are computed at once
 MOST = 50.0  # times the mean |g|^2 of a window is as much as a token can count
 
 
@@ -232,18 +233,23 @@ def _of_loss(
     seed: int,
 ) -> Tensor:
     """The gradient of the loss on drawn labels by what leaves the last block, (1, T, D)."""
-    own = states.detach().requires_grad_()
-    with torch.enable_grad():
-        logits = logits_behind(model, blocks, ids, own, returns_tuple).flatten(0, 1).float()
-        if not bool(logits.isfinite().all()):
-            raise NonFiniteError(
-                "The model's own predictions are NaN or infinite on this text; convert it to "
-                "bfloat16 or float32."
-            )
-        generator = torch.Generator(logits.device).manual_seed(seed)
-        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
-        loss = F.cross_entropy(logits, labels.squeeze(1), reduction="sum")
-    return torch.autograd.grad(loss, own)[0]
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    step = max(1, LOGITS // len(head.weight))
+    generator = torch.Generator(states.device).manual_seed(seed)
+    found = []
+    for tokens, piece in zip(ids.split(step, 1), states.detach().split(step, 1), strict=True):
+        own = piece.requires_grad_()
+        with torch.enable_grad():
+            logits = logits_behind(model, blocks, tokens, own, returns_tuple).flatten(0, 1).float()
+            if not bool(logits.isfinite().all()):
+                raise NonFiniteError(
+                    "The model's own predictions are NaN or infinite on this text; convert it to "
+                    "bfloat16 or float32."
+                )
+            labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
+            loss = F.cross_entropy(logits, labels.squeeze(1), reduction="sum")
+        found += torch.autograd.grad(loss, own)
+    return torch.cat(found, 1)
 
 
 @contextmanager

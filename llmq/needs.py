@@ -16,6 +16,7 @@ JUDGED = 256  # tokens that the gate carries along
 SLICE = 1 << 22  # weights whose errors are summed at once, see `scheme.QuantizedWeight.slices`
 TRIALS = 1 << 20  # weights times candidates that a grid search tries at once
 CHUNK = 1 << 24  # bytes of a file that are checked at once
+DRAWN = 1 << 23  # logits from which labels are drawn at once, see `curvature`
 LOGITS = 1 << 25  # of one piece of a batch while scales are tuned, see `tuning`
 
 
@@ -52,9 +53,9 @@ def _going_back(shape: Shape, job: Job) -> Iterator[Phase]:
     streams = {"states and gradients": 3 * job.felt * shape.hidden * shape.itemsize}
     inside = sum(g.active * (2 * g.rows + g.columns) for g in shape.groups) + 6 * shape.hidden
     pairs = shape.heads * job.window**2 * (shape.itemsize + 4) if shape.eager else 0
-    logits = job.window * shape.vocabulary * (4 * 4 + 2 * shape.itemsize)
-    output = {"output layer": _head_bytes(shape)}
-    yield Phase("drawing labels", {**streams, "logits": logits}, {}, output)
+    logits = (4 * 4 + 2 * shape.itemsize) * min(DRAWN, job.window * shape.vocabulary)
+    outside = {"embeddings and output layer": shape.rest_bytes}
+    yield Phase("drawing labels", {**streams, "logits": logits}, {}, outside)
     back = {
         "a copy of the block": shape.block_bytes,
         "activations": 2 * job.window * shape.itemsize * inside + 2 * pairs,
