@@ -58,7 +58,7 @@ class Window:
 
 
 def spacing(available: int, tokens: int) -> int:
-    """Every how manieth window is taken for about `tokens` of all tokens."""
+    """Of how many windows one is taken, for about `tokens` of all tokens."""
     return max(1, round(available / tokens))
 
 
@@ -73,7 +73,8 @@ def windows(batches: Sequence[Tensor], tokens: int) -> list[Window]:
     processes, first = ranks.count(), ranks.number()
     every = spacing(processes * sum(batch.numel() for batch in batches), tokens)
     found = [Window(first + processes * i, *where) for i, where in enumerate(own)]
-    return [window for window in found if window.number % every == 0] or found[:1]
+    # Not always the same one of so many: else only some of the processes would have any.
+    return [w for w in found if w.number % every == w.number // every % every] or found[:1]
 
 
 def prepare(

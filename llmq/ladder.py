@@ -5,13 +5,16 @@ used on their own in a `quantize.Recipe`:
 
     rung        solver                                 asks for
     fast        GPTQ, then coordinate descent          what this layer would answer
-    balanced    the same                               what the full-precision model has here
+    balanced    the same, with feedback between rows   what the full-precision model has here
     best        the same, then all scales are tuned    and the full-precision model's answers
 
 `fast` costs little more than `gptq`. `balanced` carries the full-precision activations along: it
 runs every block twice and keeps a second copy of one block and of the hidden states, and so takes
-a few times as long. `best` is `balanced` and after it `tuning.ScaleTuning`: at most 120 forward and
-backward passes of the whole packed model over 2048 tokens each, which take a byte per weight.
+a few times as long. Before that it goes once through the model and back, on 8 K tokens: rows of a
+matrix make good each other's errors, weighed by what the loss feels of its outputs (integers only:
+code books and super-blocks go without). `best` is `balanced` and after it `tuning.ScaleTuning`: at
+most 120 forward and backward passes of the whole packed model over 2048 tokens each, which take a
+byte per weight.
 """
 
 from __future__ import annotations
