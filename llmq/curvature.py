@@ -37,7 +37,7 @@ from llmq.errors import NonFiniteError
 from llmq.moments import second_moments, weight_roots
 from llmq.recipe import Recipe
 from llmq.retry import Effort, Retries
-from llmq.store import Store
+from llmq.store import Store, outputs_of
 
 LOGITS = 1 << 23  # that are computed at once
 MOST = 50.0  # times the mean |g|^2 of a window is as much as a token can count
@@ -86,7 +86,7 @@ def prepare(
     passed: Callable[[int], None] = lambda steps: None,
     seed: int = 0,
 ) -> None:
-    """Put aside, for every block, the output moments of its linears, as "outputs-<number>".
+    """Put aside, for every block, the output moments of its linears, see `store.outputs_of`.
 
     Those of linears whose outputs are no more than the hidden states are wide, float32 (N, N), by
     the linear's name; experts have none. Does nothing if the recipe needs none, or if `store` has
@@ -146,7 +146,7 @@ def prepare(
             if not bool(G.isfinite().all()):
                 raise NonFiniteError(f"{name}.{linear}: a gradient is NaN or infinite.")
         if ranks.number() == 0:
-            store.put_aside(f"outputs-{i}", moments)
+            store.put_aside(outputs_of(i), moments)
         store.forget(entering)
         passed(2 * len(blocks) - i)
     store.ready()

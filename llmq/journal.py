@@ -6,7 +6,7 @@
         journal.json                 what the run is, and what of it is finished
         part-00000.safetensors ...   finished blocks, packed
         stream-0-00003-00000.bin     the hidden states that leave the last finished block
-        aside-outputs-12.safetensors what block 12 will be solved with
+        aside-outputs-12.safetensors how the loss feels the outputs of block 12 (`curvature`)
     tuning-00015.safetensors     the state of tuning after so many steps
         result/                      becomes OUT, by rename, when it is complete
 

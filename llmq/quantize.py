@@ -40,7 +40,7 @@ from llmq.recipe import (
 )
 from llmq.retry import Retries
 from llmq.scheme import QuantScheme, check_groups
-from llmq.store import InMemory, LayerReport, Store
+from llmq.store import InMemory, LayerReport, Store, outputs_of
 
 EXPLODED = 1e6  # sound blocks multiply hidden states by a thousand at most
 
@@ -92,7 +92,7 @@ def quantize(
     for i in range(store.start, len(blocks)):
         block, name = store.open(i), f"{prefix}.{i}"
         calls = recording.calls[i]
-        outputs = store.take(f"outputs-{i}") if recipe.feedback else {}
+        outputs = store.take(outputs_of(i)) if recipe.feedback else {}
         job = BlockJob(block, name, streams, calls, probes.calls[i][0], recipe, store.lean, outputs)
         solution = retries.run(name, job.solve, together=True)
         yield from solution.reports

@@ -35,6 +35,11 @@ class LayerReport:
     seconds: float
 
 
+def outputs_of(index: int) -> str:
+    """Under which name that is put aside which tells how the loss feels a block's outputs."""
+    return f"outputs-{index}"
+
+
 class Store(Protocol):
     """Where the flow takes blocks from and where it leaves them.
 
@@ -92,7 +97,10 @@ class Store(Protocol):
         solved: Mapping[str, Sequence[QuantizedWeight]],
         reports: Sequence[LayerReport],
     ) -> None:
-        """Take what became of block `index`; the streams hold what leaves it."""
+        """Take what became of block `index`; the streams hold what leaves it.
+
+        What was put aside for it is not needed any more.
+        """
         ...
 
 
@@ -138,6 +146,7 @@ class InMemory:
         solved: Mapping[str, Sequence[QuantizedWeight]],
         reports: Sequence[LayerReport],
     ) -> None:
+        self._aside.pop(outputs_of(index), None)
         for packed in pack(block, solved):
             packed.prepare()
 

@@ -35,7 +35,7 @@ from llmq.output import writing
 from llmq.report import layer_entry
 from llmq.scheme import QuantizedWeight, QuantScheme
 from llmq.states import States
-from llmq.store import LayerReport, pack
+from llmq.store import LayerReport, outputs_of, pack
 from llmq.superblocks import SuperBlockWeight
 from llmq.verify import check_exact, check_part
 
@@ -156,7 +156,7 @@ class Streamed:
                 layers = [layer_entry(report) for report in reports]
                 self._work.journal.blocks.append({**part, "layers": layers})
                 self._work.journal.streams = streams
-                used = self._work.journal.aside.pop(f"outputs-{index}", None)
+                used = self._work.journal.aside.pop(outputs_of(index), None)
                 self._work.commit()
                 clock.append(time.perf_counter())
                 self._log(index, reports, clock)
