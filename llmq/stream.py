@@ -151,6 +151,7 @@ class Streamed:
                     states[:] = tensors
             self._kept = [list(states.entries) for states in mine]
             streams = [entries for kept in ranks.everyones(self._kept) for entries in kept]
+            used = None
             if ranks.number() == 0:
                 part = self._write_block(index, block, solved)
                 layers = [layer_entry(report) for report in reports]
@@ -161,7 +162,7 @@ class Streamed:
                 clock.append(time.perf_counter())
                 self._log(index, reports, clock)
             ranks.of_the_first(None)  # what is old is needed until the journal is written
-            if ranks.number() == 0 and used:
+            if used:
                 (self._work.folder / used["file"]).unlink()
             for file in old - {entry["file"] for new in self._kept for entry in new}:
                 (self._work.folder / file).unlink()
