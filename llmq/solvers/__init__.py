@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -41,4 +40,4 @@ def over(solver: Solver, H: Tensor, scheme: QuantScheme) -> Rounding:
     """A solver for one H and scheme, to be called with many matrices."""
     if isinstance(solver, Preparing):
         return solver.over(H, scheme)
-    return partial(solver.solve, H=H, scheme=scheme)
+    return lambda W: solver.solve(W, H, scheme)

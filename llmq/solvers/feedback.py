@@ -13,7 +13,7 @@ After YAQA (Tseng et al. 2025, arXiv 2505.22988), where rounding has feedback on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -50,7 +50,7 @@ class _Rows:
 
     def __init__(self, W: Tensor, G: Tensor | None, how: Feedback):
         self.W = W
-        G = None if how.parts == 1 or len(W) == 1 else G
+        G = None if len(W) == 1 else G
         self.step = len(W) if G is None else -(-len(W) // how.parts)
         self.order = torch.arange(len(W), device=W.device)
         if G is not None:
@@ -104,6 +104,9 @@ def solve_rows(
         scheme: their number format; integers in groups.
         how: see `Feedback`.
     """
+    if how.parts == 1 or not any(G is not None for G in moments):
+        tall, heights = solver.solve(torch.cat(list(matrices)), H, scheme), map(len, matrices)
+        return [tall.rows(rows) for rows in _spans(heights)]
     rounding = over(solver, H, scheme)
     every = [_Rows(W, G, how) for W, G in zip(matrices, moments, strict=True)]
     for number in range(how.parts):
@@ -112,8 +115,15 @@ def solve_rows(
         if not busy:
             break
         tall = rounding(torch.cat([part for _, part in busy]))
-        start = 0
-        for rows, part in busy:
-            rows.take(number, tall.rows(slice(start, start + len(part))))
-            start += len(part)
+        spans = _spans(len(part) for _, part in busy)
+        for (rows, _), span in zip(busy, spans, strict=True):
+            rows.take(number, tall.rows(span))
     return [rows.value() for rows in every]
+
+
+def _spans(heights: Iterable[int]) -> Iterator[slice]:
+    """Rows of matrices that lie one below the other."""
+    start = 0
+    for height in heights:
+        yield slice(start, start + height)
+        start += height
