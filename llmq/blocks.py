@@ -14,11 +14,12 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmq.adapters import RoutedLinear
 from llmq.calls import Call
-from llmq.errors import SourceError
+from llmq.errors import NonFiniteError, SourceError
 
 
 @dataclass(frozen=True)
@@ -244,6 +245,28 @@ def head_inputs(
                 yield seen.pop()
     finally:
         model.set_output_embeddings(head)  # type: ignore[operator]
+
+
+def drawn_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """The sum over tokens of -log p of labels that are drawn from the model's own predictions.
+
+    Its gradients have the Fisher information as their second moment.
+
+    Args:
+        logits: (B, T, V).
+        generator: on their device.
+
+    Raises:
+        NonFiniteError: they are NaN or infinite.
+    """
+    rows = logits.flatten(0, 1).float()
+    if not bool(rows.isfinite().all()):
+        raise NonFiniteError(
+            "The model's own predictions are NaN or infinite on this text; convert it to "
+            "bfloat16 or float32."
+        )
+    labels = torch.multinomial(rows.detach().softmax(-1), 1, generator=generator)
+    return F.cross_entropy(rows, labels.squeeze(1), reduction="sum")
 
 
 def logits_behind(

@@ -19,13 +19,13 @@ from functools import partial
 from itertools import chain
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmq import ranks
 from llmq.adapters import RoutedLinear, as_linears, run_copy, run_dtype, shared_copy
 from llmq.blocks import (
     decoder_blocks,
+    drawn_loss,
     hooks,
     linears,
     logits_behind,
@@ -67,7 +67,7 @@ def windows(batches: Sequence[Tensor], tokens: int) -> list[Window]:
 
     Args:
         batches: int64 (B, T) each, every n-th window of the text for n processes.
-        tokens: in all processes together; no more are taken, but one window in each at least.
+        tokens: in all processes together; one window in each is taken at least.
     """
     own = [(b, row) for b, batch in enumerate(batches) for row in range(len(batch))]
     processes, first = ranks.count(), ranks.number()
@@ -241,14 +241,8 @@ def _of_loss(
     for tokens, piece in zip(ids.split(step, 1), states.detach().split(step, 1), strict=True):
         own = piece.requires_grad_()
         with torch.enable_grad():
-            logits = logits_behind(model, blocks, tokens, own, returns_tuple).flatten(0, 1).float()
-            if not bool(logits.isfinite().all()):
-                raise NonFiniteError(
-                    "The model's own predictions are NaN or infinite on this text; convert it to "
-                    "bfloat16 or float32."
-                )
-            labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
-            loss = F.cross_entropy(logits, labels.squeeze(1), reduction="sum")
+            logits = logits_behind(model, blocks, tokens, own, returns_tuple)
+            loss = drawn_loss(logits, generator)
         found += torch.autograd.grad(loss, own)
     return torch.cat(found, 1)
 

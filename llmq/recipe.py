@@ -49,7 +49,8 @@ class Recipe:
             shell wildcards ("model.layers.0.*", "down_proj", "*.mlp.*").
 
     Raises:
-        SchemeError: tuning without `match`, or embeddings of other than 8 bits.
+        SchemeError: tuning without `match`, feedback beside AWQ, or embeddings of other than 8
+            bits.
     """
 
     scheme: QuantScheme = QuantScheme()
@@ -67,6 +68,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if (self.block or self.scales) and not self.match:
             raise SchemeError("Tuning compares with the full-precision stream: use match=True.")
+        if self.feedback and self.awq:
+            raise SchemeError("AWQ scales outputs: no feedback by what the loss felt before.")
         if self.embeddings not in (None, 8):
             raise SchemeError(
                 f"embeddings={self.embeddings}: use 8, or leave them as they are. transformers "

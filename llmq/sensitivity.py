@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from llmq.adapters import as_linears, shared_copy
 from llmq.allocate import Choice, allocate
 from llmq.blocks import (
     decoder_blocks,
+    drawn_loss,
     hooks,
     linears,
     record_calls,
@@ -181,14 +181,7 @@ def _weighted_moments(
     generator = torch.Generator(batches[0].device).manual_seed(seed)
     with hooks(embeddings.register_forward_hook(start), *handles), torch.enable_grad():
         for ids in batches:
-            logits = model(input_ids=ids, use_cache=False).logits.flatten(0, 1).float()
-            if not bool(logits.isfinite().all()):
-                raise NonFiniteError(
-                    "The model's own predictions are NaN or infinite on this text; convert it to "
-                    "bfloat16 or float32."
-                )
-            labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
-            F.cross_entropy(logits, labels.squeeze(1), reduction="sum").backward()
+            drawn_loss(model(input_ids=ids, use_cache=False).logits, generator).backward()
     tokens = sum(ids.numel() for ids in batches)
     for name, moment in moments.items():
         if not bool(moment.isfinite().all()):

@@ -57,6 +57,11 @@ class Entry:
     stop: int
 
 
+def natural(key: str) -> list[tuple[int, str]]:
+    """Sort key that puts layers.2 before layers.10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in key.split(".")]
+
+
 def name_of(dtype: torch.dtype) -> str:
     """The name of a dtype in a header."""
     return _NAMES[dtype]

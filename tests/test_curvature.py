@@ -11,8 +11,9 @@ from zoo import tiny_model
 
 from llmq.blocks import decoder_blocks, linears
 from llmq.curvature import MOST, prepare, windows
-from llmq.errors import NonFiniteError
+from llmq.errors import NonFiniteError, SchemeError
 from llmq.quantize import Recipe
+from llmq.solvers.awq import AWQ
 from llmq.solvers.feedback import Feedback
 from llmq.store import InMemory
 
@@ -94,6 +95,11 @@ def test_as_many_windows_as_make_up_the_tokens():
     ]
     assert len(windows(texts, 10**6)) == 12
     assert len(windows(texts, 1)) == 1
+
+
+def test_not_beside_awq():
+    with pytest.raises(SchemeError, match="no feedback"):
+        Recipe(SCHEME, match=True, awq=AWQ(), feedback=Feedback())
 
 
 def test_a_model_that_overflows_is_named():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -25,7 +24,7 @@ from llmq.errors import SourceError
 from llmq.formats import codebook, compressed_tensors
 from llmq.hf.quantizer import attach
 from llmq.output import staged_folder, writing
-from llmq.shards import DTYPES, INDEX, Entry, combine
+from llmq.shards import DTYPES, INDEX, Entry, combine, natural
 
 # What is copied from the original besides config.json and weights.
 COMPANIONS = (
@@ -154,12 +153,7 @@ def checkpoint_tensors(
         if known and dense not in known and (bare in known) != (prefix + dense in known):
             key = key.removeprefix(prefix) if bare in known else prefix + key
         tensors[key] = tensor
-    return {key: tensors[key] for key in sorted(tensors, key=_in_order)}
-
-
-def _in_order(key: str) -> str:
-    """Sorts keys with layer 2 before layer 10."""
-    return re.sub(r"\d+", lambda number: number[0].zfill(9), key)
+    return {key: tensors[key] for key in sorted(tensors, key=natural)}
 
 
 def _dense_key(key: str) -> str:

@@ -116,7 +116,7 @@ class StoredModel:
         self._converters = {p: c for c in converters for p in c.source_patterns}
         prefix = self.model.base_model_prefix
         parts: dict[int | None, dict[str, list[tuple[str, str | None]]]] = {}
-        for key in sorted(self.keys, key=natural):
+        for key in sorted(self.keys, key=shards.natural):
             name, pattern = rename_source_key(key, renamings, converters, prefix, own)
             if name not in own and key in own:
                 name, pattern = rename_source_key(key, [], [], prefix, own)
@@ -151,11 +151,6 @@ class StoredModel:
             made = mapping.convert(name, model=self.model, config=self.model.config)
             for target, value in made.items():
                 yield target, value[0] if isinstance(value, list) else value
-
-
-def natural(key: str) -> list[tuple[int, str]]:
-    """Sort key that puts layers.2 before layers.10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in key.split(".")]
 
 
 def _skeleton(folder: Path, where: Mapping[str, shards.Entry]) -> Any:
