@@ -35,7 +35,8 @@ from llmq.solvers.gptq import alive
 SHARES = (0.0, 0.25, 0.5, 0.75)  # all of it was worse than 3/4 where both were tried
 HELD_OUT = 6  # every sixth batch only judges
 MOST = 20.0  # times the mean |x|^2 of a batch is as much as a token can count
-DAMP = 0.01  # of the mean of H's diagonal
+DAMP, MOST_DAMP = 0.01, 0.1  # of the mean of H's diagonal, at least and at most
+FITTING, ROUNDING = 0.16, 3.0  # times columns per token: damping of targets and of solvers
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Drift:
     def factor(self) -> Tensor:
         """Upper R, float32 (K, K), with R R^T = H + lambda I."""
         H = self.inputs.mean()
-        return factor(alive(H), damping(self.inputs.count, len(H)))
+        return factor(alive(H), damping(FITTING, self.inputs.count, len(H)))
 
 
 @dataclass(frozen=True)
@@ -138,9 +139,10 @@ class Matching(Problem):
     def moment(self) -> Tensor:
         """H with more on its diagonal if there were few tokens for its columns.
 
+        What looks cheap in few tokens is less so in others, the more so in other kinds of text.
         Solvers add the usual share themselves.
         """
-        extra = damping(self.tokens, len(self.H)) - DAMP
+        extra = damping(ROUNDING, self.tokens, len(self.H)) - DAMP
         H = self.H.clone()
         H.diagonal().add_(extra * H.diagonal().mean())
         return H
@@ -150,7 +152,7 @@ class Matching(Problem):
         R = self.fit.factor()
         shares = {n: self.share(W, divided(self.fit.pull(W), R)) for n, W in matrices.items()}
         del R
-        R = factor(alive(self.H), damping(self.tokens, len(self.H)))
+        R = factor(alive(self.H), damping(FITTING, self.tokens, len(self.H)))
         return {
             n: (W.float() + shares[n] * divided(self.pull(W), R)).to(W.dtype) if shares[n] else W
             for n, W in matrices.items()
@@ -176,12 +178,12 @@ def is_held_out(batch: int, count: int) -> bool:
     return batch % HELD_OUT == HELD_OUT - 1 or batch == count - 1
 
 
-def damping(tokens: int, K: int) -> float:
+def damping(times: float, tokens: int, K: int) -> float:
     """What to add to H's diagonal, as a share of its mean, when `tokens` rows of length K made it.
 
-    1 % from 16 K tokens on, up to 10 % below.
+    So many times K per token, but at least 1 % and at most 10 %.
     """
-    return min(max(DAMP * 16 * K / max(tokens, 1), DAMP), 10 * DAMP)
+    return min(max(times * K / max(tokens, 1), DAMP), MOST_DAMP)
 
 
 class Twin:

@@ -14,7 +14,7 @@ from llmq.adapters import as_linears
 from llmq.blocks import decoder_blocks, linears, record_calls, run_block
 from llmq.errors import NonFiniteError
 from llmq.factor import divided
-from llmq.objective import MOST, Drift, Matching, damping
+from llmq.objective import FITTING, MOST, Drift, Matching, damping
 from llmq.quantize import Recipe, quantize
 from llmq.residual import enters_a_sum, reads_and_sums
 from llmq.solvers.descent import Polished
@@ -80,7 +80,7 @@ def test_the_full_target_is_least_squares_on_the_tokens():
     wanted = full_x @ W.double().T + full_h - h
     # Damping pulls towards W: rows sqrt(lambda) I with the answer W.
     H = x.T @ x / len(x)
-    weight = (damping(4000, K) * H.diagonal().mean() * len(x)).sqrt()
+    weight = (damping(FITTING, 4000, K) * H.diagonal().mean() * len(x)).sqrt()
     rows = torch.cat([x, weight * torch.eye(K, dtype=torch.float64)])
     answers = torch.cat([wanted, weight * W.double().T])
     expected = torch.linalg.lstsq(rows, answers).solution.T
@@ -130,9 +130,20 @@ def test_streams_that_agree_leave_the_weights_alone():
 
 
 def test_damping_follows_the_number_of_tokens():
-    assert damping(16 * 64, 64) == damping(10**9, 64) == 0.01
-    assert damping(8 * 64, 64) == pytest.approx(0.02)
-    assert damping(0, 64) == damping(64, 64) == 0.1
+    assert damping(0.16, 16 * 64, 64) == damping(3.0, 10**9, 64) == 0.01
+    assert damping(0.16, 8 * 64, 64) == pytest.approx(0.02)
+    assert damping(3.0, 50 * 64, 64) == pytest.approx(0.06)
+    assert damping(0.16, 0, 64) == damping(3.0, 30 * 64, 64) == 0.1
+
+
+@pytest.mark.parametrize(("tokens", "added"), [(300, 0.09), (1000, 0.062), (10**5, 0.0)])
+def test_solvers_get_more_on_the_diagonal_where_tokens_were_few(tokens, added):
+    problem = matching(streams(0, tokens, 24, 5, 1.0), tokens * 3 // 4)
+    before = problem.H.clone()
+    extra = problem.moment() - before
+    assert torch.equal(problem.H, before)
+    wanted = added * before.diagonal().mean() * torch.eye(24)
+    torch.testing.assert_close(extra, wanted, rtol=1e-3, atol=1e-5)
 
 
 SUMS = {
