@@ -115,6 +115,9 @@ class BlockJob:
             chosen = {n: schemes[n] for n in group if n in schemes}
             if not chosen:
                 continue
+            left = linears(view).keys() - done
+            if twin and not self.lean and (left or group[0] in twin.sums):
+                keep_outputs(twin.block, done, len(calls))
             problems = posed(work, group[0], hidden, calls, twin)
             _check(problems, f"{name}.{group[0]}")
             for linear, found, q in _solve_group(
@@ -122,9 +125,8 @@ class BlockJob:
             ):
                 solution.solved[linear] = q
                 solution.reports += [_sound(_named(report, name)) for report in found]
-            if not self.lean:
-                for run in solution.runs:
-                    keep_outputs(run, done, len(calls))
+            if left and not self.lean:
+                keep_outputs(work, done, len(calls))
         if recipe.block and twin:
             wanted = [run_block(twin.block, x, c) for x, c in zip(more[0], calls, strict=True)]
             solved = tune_block(view, solution.solved, hidden, calls, wanted, recipe.block)

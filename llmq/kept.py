@@ -30,15 +30,15 @@ class _Once(Substitute):
 
 
 def keep_outputs(block: nn.Module, done: set[str], count: int) -> None:
-    """Run parts of `block` once from now on, whose linears are all in `done`, if others are not.
+    """Run parts of `block` once from now on, whose linears are all in `done`.
 
-    After attention is quantized, runs up to the linears of the MLP need not compute it again.
+    After attention is quantized, runs up to the linears of the MLP need not compute it again; in
+    full precision, nothing need be computed again from the last time on that it is looked into.
     `count` is the number of batches.
     """
-    left = linears(block).keys() - done
     for name, part in list(block.named_children()):
         inside = {n for n in linears(block) if n.startswith(f"{name}.")}
-        if inside and left and not inside & left:
+        if inside and inside <= done:
             block.set_submodule(name, _Once(part, count))
 
 

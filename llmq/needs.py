@@ -89,9 +89,12 @@ def _carried(shape: Shape, job: Job) -> dict[str, int]:
 
 
 def _block(shape: Shape, job: Job) -> dict[str, int]:
-    """The copies of a block that run; finished parts keep their outputs for all tokens."""
+    """The copies of a block that run; finished parts keep their outputs for all tokens.
+
+    In full precision all of its parts do, of which there may be two.
+    """
     copies = 2 if job.match else 1
-    kept = 0 if job.lean else copies * states(shape, job)
+    kept = 0 if job.lean else (3 if job.match else 1) * states(shape, job)
     return {"copies of the block": copies * shape.block_bytes, "outputs of its parts": kept}
 
 

@@ -28,7 +28,8 @@ def operations(shape: Shape, job: Job) -> dict[str, float]:
     little data; "bytes": of files that are read, checked or hashed.
     """
     total: dict[str, float] = dict.fromkeys(KINDS, 0.0)
-    passes = (5 if job.match else 2) + (1 if job.awq else 0) + (1 if job.lean else 0)
+    again = (2 if job.match else 1) if job.lean else 0  # what is not kept is computed again
+    passes = (4 if job.match else 2) + (1 if job.awq else 0) + again
     for whole in shape.groups:
         _calibrating(total, whole, job, passes)
         g = whole.share(job.processes)
