@@ -1,6 +1,7 @@
 """The flow on every architecture: everything is quantized, and better than by rounding."""
 
 import copy
+from collections import deque
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from zoo import ARCHITECTURES, tiny_model
 
+from llmq.blocks import decoder_blocks
 from llmq.errors import NonFiniteError, SchemeError
 from llmq.nn import PackedExperts, PackedLinear
 from llmq.quantize import LayerReport, Recipe, quantizable, quantize
@@ -17,6 +19,7 @@ from llmq.scheme import QuantScheme
 from llmq.solvers.awq import AWQ
 from llmq.solvers.gptq import GPTQ
 from llmq.solvers.rtn import RTN
+from llmq.store import InMemory
 
 SCHEME = QuantScheme(4, 32)
 
@@ -169,3 +172,33 @@ def test_same_input_same_result():
     b, _ = quantized(model, Recipe(SCHEME))
     for (n, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
         assert torch.equal(x, y), n
+
+
+def run_with(model: Any, lean: bool, runs: list[int]) -> Any:
+    """`model` quantized to the full-precision stream; `runs` grows with every look at an MLP."""
+    result = copy.deepcopy(model)
+    store = InMemory(decoder_blocks(result)[1])
+    store.lean = lean
+    for module in result.modules():
+        if isinstance(activation := getattr(module, "act_fn", None), nn.Module):
+            activation.register_forward_hook(lambda *_: runs.append(1))
+    deque(quantize(result, batches(model), Recipe(SCHEME, match=True), store=store), maxlen=0)
+    return result
+
+
+@pytest.mark.parametrize("name", list(ARCHITECTURES))
+def test_what_is_kept_changes_nothing(name):
+    model: Any = tiny_model(name, dtype=torch.float32).eval()
+    kept, lean = run_with(model, False, []), run_with(model, True, [])
+    for (n, x), y in zip(kept.state_dict().items(), lean.state_dict().values(), strict=True):
+        assert torch.equal(x, y), n
+
+
+def test_the_full_precision_block_computes_its_parts_once():
+    model: Any = tiny_model("llama", dtype=torch.float32).eval()
+    kept: list[int] = []
+    lean: list[int] = []
+    run_with(model, False, kept)
+    run_with(model, True, lean)
+    blocks = len(decoder_blocks(model)[1])
+    assert len(lean) - len(kept) == blocks * len(batches(model))
