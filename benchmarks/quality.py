@@ -178,9 +178,9 @@ def judged(
 
 
 def store(rows: list[dict[str, Any]], path: Path, head: dict[str, Any]) -> None:
-    """Replace rows of the same contender, model, text and format; keep all others."""
+    """Replace rows of the same contender, model, texts and format; keep all others."""
     data: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"rows": []}
-    keys = ("model", "text", "name", "symmetric", "bits", "group_size")
+    keys = ("model", "calibration", "text", "name", "symmetric", "bits", "group_size")
     new = {tuple(row[key] for key in keys) for row in rows}
     kept = [row for row in data["rows"] if tuple(row[key] for key in keys) not in new]
     peers = {**data.get("peers", {}), **head["peers"]}

@@ -26,6 +26,7 @@ BARS: tuple[tuple[str, tuple[str, ...], int | None, dict[float, float], float | 
     ("llmq best mixed", GPTQ_PEERS, None, {4: 0.40, 3: 0.40}, None),
 )
 CLOSED = {4: 0.75, 3: 0.75, 2: 0.90}  # share of the gap in log-perplexity from RTN to full
+KEYS = ("model", "calibration", "text", "bits", "group_size", "name")
 STYLES = {
     "llmq best": ("llmq best", "#12633f", "o"),
     "llmq balanced": ("llmq balanced", "#2e9e6b", "o"),
@@ -56,7 +57,7 @@ def mean(values: Iterable[float]) -> float:
 
 def setting(row: Row) -> tuple[Any, ...]:
     """Where rows can be compared, but for their bits."""
-    return row["model"], row["text"], row["group_size"], row["symmetric"]
+    return row["model"], row["text"], row["group_size"], row["symmetric"], row["calibration"]
 
 
 def summary(rows: list[Row]) -> dict[str, Any]:
@@ -71,7 +72,7 @@ def summary(rows: list[Row]) -> dict[str, Any]:
 
 def _means(rows: list[Row]) -> list[dict[str, Any]]:
     """Of every contender over the texts of a model: models differ too much to be mixed here."""
-    found, of = [], ("model", "bits", "name")
+    found, of = [], ("model", "calibration", "bits", "name")
     for group in dict.fromkeys(tuple(row[key] for key in of) for row in rows):
         own = [row for row in rows if tuple(row[key] for key in of) == group]
         keys = ("kl", "seconds", "cpu_seconds")
@@ -126,16 +127,15 @@ def _closed(rows: list[Row]) -> list[dict[str, Any]]:
             same = setting(row) == setting(start) and row["bits"] == start["bits"]
             if same and row["name"] in ("llmq balanced", "llmq best"):
                 share = math.log(start["perplexity"] / row["perplexity"]) / gap
-                entry = {key: row[key] for key in ("model", "text", "bits", "group_size", "name")}
+                entry = {key: row[key] for key in KEYS}
                 found.append({**entry, "share": share, "limit": CLOSED.get(row["bits"])})
     return found
 
 
 def _predictions(rows: list[Row]) -> list[dict[str, Any]]:
     """Predicted over measured KL of mixed widths."""
-    keys = ("model", "text", "bits", "group_size", "name")
     return [
-        {**{key: row[key] for key in keys}, "ratio": row["predicted_kl"] / row["kl"]}
+        {**{key: row[key] for key in KEYS}, "ratio": row["predicted_kl"] / row["kl"]}
         for row in rows
         if row.get("predicted_kl")
     ]
@@ -145,7 +145,8 @@ def show(found: dict[str, Any]) -> None:
     """Print a summary."""
     for row in sorted(found["means"], key=lambda row: (row["model"], -row["bits"], row["kl"])):
         print(
-            f"{row['model']:<14}{row['bits']:<4g}{row['name']:<32}KL {row['kl']:8.5f}  "
+            f"{row['model']:<14}{row['calibration'][:24]:<26}{row['bits']:<4g}{row['name']:<32}"
+            f"KL {row['kl']:8.5f}  "
             f"wall {row['seconds']:7.1f} s  CPU {row['cpu_seconds']:7.1f} s  "
             f"over {row['settings']} settings"
         )
@@ -161,7 +162,8 @@ def show(found: dict[str, Any]) -> None:
     for row in found["closed"]:
         print(
             f"{row['name']}, {row['model']} {row['bits']:g} bits g{row['group_size']}, "
-            f"{row['text']}: {row['share']:.0%} of the way from RTN (limit {row['limit']})"
+            f"{row['text']}, calibrated on {row['calibration']}: {row['share']:.0%} of the way "
+            f"from RTN (limit {row['limit']})"
         )
     for row in found["predictions"]:
         print(
@@ -185,7 +187,7 @@ def plot(rows: list[Row], path: Path) -> None:
     import charts
     import matplotlib.pyplot as plt
 
-    columns = list(dict.fromkeys(map(setting, rows)))
+    columns = list(dict.fromkeys(setting(row) for row in rows if row["tool"] in PEERS))
     size = (4.2 * len(columns), 7.4)
     figure, grid = plt.subplots(
         2, len(columns), figsize=size, squeeze=False, sharey="col", layout="constrained"
@@ -196,7 +198,7 @@ def plot(rows: list[Row], path: Path) -> None:
     )
     for i, column in enumerate(columns):
         own = [row for row in rows if setting(row) == column]
-        model, text, group, symmetric = column
+        model, text, group, symmetric, _ = column
         kind = "symmetric" if symmetric else "asymmetric"
         title = f"{model}, g{group} {kind}\n{text}"
         grid[0][i].set_title(title, color=charts.GREY, fontsize=11)

@@ -22,14 +22,14 @@ from llmq import ranks
 from llmq.adapters import as_linears, run_copy, shared_copy
 from llmq.blocks import linears, run_block, shared_input_groups
 from llmq.calls import Call
-from llmq.division import Piece, Solved, divide, exchange, joined
+from llmq.division import Piece, Solved, divide, exchange
 from llmq.errors import IntegrityError, NonFiniteError
 from llmq.kept import forget_outputs, keep_outputs
 from llmq.moments import quadratic
 from llmq.objective import Problem, Twin, posed
 from llmq.recipe import Recipe
 from llmq.retry import Effort
-from llmq.scheme import QuantizedWeight, QuantScheme, empty
+from llmq.scheme import QuantizedWeight, QuantScheme, empty, joined
 from llmq.solvers.feedback import Feedback, solve_rows
 from llmq.store import LayerReport
 from llmq.tuning_blocks import tune_block

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from llmq import ranks
 from llmq.scheme import QuantizedWeight
 
@@ -112,13 +110,3 @@ def exchange(
         for tensor in (value.codes, value.scale, value.zero):
             ranks.fill_from(owner, tensor)
     return {piece: Solved(values[piece], *told[piece]) for piece in owners}
-
-
-def joined(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
-    """The whole of consecutive rows of one matrix."""
-    if len(parts) == 1:
-        return parts[0]
-    codes, scale, zero = (
-        torch.cat([getattr(part, field) for part in parts]) for field in ("codes", "scale", "zero")
-    )
-    return QuantizedWeight(parts[0].scheme, codes, scale, zero)

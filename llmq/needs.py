@@ -136,8 +136,8 @@ def _solving(shape: Shape, job: Job, index: int) -> Iterator[Phase]:
     # Afterwards: a slice of values and errors in float32; or one matrix of codes becomes weights.
     after = tall + matrix + max(24 * min(SLICE, matrix), _values(g, shape.itemsize))
     solving = solver(g.share(job.processes), job, shape.itemsize)
-    if job.felt and (felt := 4 * g.felt(shape.hidden)):  # factors, then what parts have lost
-        solving += felt + 4 * matrix
+    if job.felt and (felt := 4 * g.felt(shape.hidden)):  # moments, factors, what parts have lost
+        solving += 2 * felt + 4 * matrix
     work = {"second moments": held, "solver": max(solving, after)}
     yield Phase("solving", {**fixed, **work}, {}, source)
 

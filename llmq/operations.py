@@ -35,9 +35,10 @@ def operations(shape: Shape, job: Job) -> dict[str, float]:
         g = whole.share(job.processes)
         if job.match and g.experts == 1:
             _matching(total, g)
-        parts = job.parts if job.felt and g.felt(shape.hidden) else 1
-        _solving(total, g, job, parts)
         N, K, E = g.rows, g.columns, g.experts
+        felt = g.felt(shape.hidden) if job.felt else 0
+        _solving(total, g, job, job.parts if felt else 1, job.again if felt else 0)
+        total["float32"] += 2 * felt * K if job.again else 0
         total["float32"] += 2.5 * E * N * K * K  # the error of the layer
         total["elements"] += (LOOKS + 40) * E * N * K  # and rounding for the gate, packing
         total["steps"] += 2000 + 200 * E
@@ -102,8 +103,8 @@ def _going_back(total: dict[str, float], shape: Shape, job: Job) -> None:
     total["float64"] += shape.hidden / 3 * squares
 
 
-def _solving(total: dict[str, float], g: Group, job: Job, parts: int = 1) -> None:
-    """What the solver does, a part of the rows after the other."""
+def _solving(total: dict[str, float], g: Group, job: Job, parts: int = 1, again: int = 0) -> None:
+    """What the solver does, a part of the rows after the other, and so many sweeps after it."""
     N, K, E = g.rows, g.columns, g.experts
     weights, width = E * N * K, K if job.group == -1 else job.group
     search = COPIES + 7 * CANDIDATES[job.symmetric] + 16 * REFITS  # visits per weight
@@ -129,11 +130,12 @@ def _solving(total: dict[str, float], g: Group, job: Job, parts: int = 1) -> Non
         pieces = max(parts, -(-2 * job.trials * width * N // TRIALS))
         total["steps"] += 20 * E * K * pieces
     if job.kind == "polished":
-        visits += SWEEPS * (90 + inside / 2)
-        total["float32"] += SWEEPS * 2 * product
-        total["steps"] += SWEEPS * 7 * E * K * parts
-        total["float64"] += 2.5 * weights * K  # which rows became better
-        total["elements"] += 2 * LOOKS * weights
+        sweeps, descents = SWEEPS + again, 2 if again else 1
+        visits += sweeps * (90 + inside / 2)
+        total["float32"] += sweeps * 2 * product
+        total["steps"] += sweeps * 7 * E * K * parts
+        total["float64"] += descents * 2.5 * weights * K  # which rows became better
+        total["elements"] += descents * 2 * LOOKS * weights
     total["elements"] += BROADCAST * weights * visits
 
 

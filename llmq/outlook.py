@@ -20,6 +20,7 @@ from llmq.recipe import Recipe
 from llmq.sizes import Group, Job, Phase, Shape
 from llmq.solvers.books import Codebook
 from llmq.solvers.descent import Polished
+from llmq.solvers.feedback import Feedback
 from llmq.solvers.gptq import GPTQ
 from llmq.solvers.rtn import RTN
 from llmq.solvers.superblocks import OnSuperBlocks
@@ -75,7 +76,7 @@ def job(
         lean, scan, processes: see `Job`.
         device: where.
     """
-    solver = recipe.solver
+    solver, feedback = recipe.solver, recipe.feedback or Feedback(parts=1, rounds=0)
     if isinstance(solver, OnSuperBlocks):  # which takes a little more
         solver = solver.plain
     polished = isinstance(solver, Polished)
@@ -91,7 +92,8 @@ def job(
         kind=kind,
         match=recipe.match,
         felt=_felt(recipe, windows, window, processes),
-        parts=recipe.feedback.parts if recipe.feedback else 1,
+        parts=feedback.parts,
+        again=feedback.rounds * feedback.sweeps,
         awq=recipe.awq is not None,
         lean=lean,
         scan=scan,

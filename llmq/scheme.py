@@ -8,7 +8,7 @@ algorithm, a file layout or a device; everything else in llmq passes `QuantizedW
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -175,6 +175,16 @@ class QuantizedWeight:
         weight = centred.to(self.scale.dtype) * self.scale.unsqueeze(-1)
         weight = weight.flatten(1).to(dtype or self.scale.dtype)
         return weight if self.order is None else weight[:, self.order.argsort()]
+
+
+def joined(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """The rows of all parts, one below the other; they have one scheme and no order of columns."""
+    if len(parts) == 1:
+        return parts[0]
+    codes, scale, zero = (
+        torch.cat([getattr(part, field) for part in parts]) for field in ("codes", "scale", "zero")
+    )
+    return QuantizedWeight(parts[0].scheme, codes, scale, zero)
 
 
 def empty(

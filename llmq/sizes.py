@@ -83,6 +83,7 @@ class Job:
         match: whether the full-precision stream is carried along.
         felt: tokens on which it is measured how the loss feels the outputs of linears.
         parts: that matrices are then solved in.
+        again: sweeps of coordinate descent when the parts are visited again.
         awq: whether channels are scaled.
         lean: whether hidden states are kept in files.
         scan: whether the whole model is run backwards first, to allocate an average of bits.
@@ -103,6 +104,7 @@ class Job:
     match: bool = False
     felt: int = 0
     parts: int = 1
+    again: int = 0
     awq: bool = False
     lean: bool = False
     scan: bool = False

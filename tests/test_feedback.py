@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmq.scheme import QuantizedWeight, QuantScheme
 from llmq.solvers.descent import Polished
-from llmq.solvers.feedback import Feedback, solve_rows
+from llmq.solvers.feedback import Feedback, _Rows, solve_rows
 from llmq.solvers.gptq import GPTQ
 from llmq.solvers.rtn import RTN
 
@@ -48,7 +48,7 @@ def test_a_part_is_where_the_rest_could_make_good_what_is_lost(seed, parts):
     g = torch.Generator().manual_seed(seed)
     W, G, H = torch.randn(24, 32, generator=g), moment(24, g), moment(32, g)
     solver, damp = Noting(), 0.01
-    [q] = solve_rows(solver, [W], [G], H, SCHEME, Feedback(parts, damp))
+    [q] = solve_rows(solver, [W], [G], H, SCHEME, Feedback(parts, damp, rounds=0))
     order = G.diagonal().argsort(descending=True, stable=True)
     exact = (G.double() + damp * G.diagonal().double().mean() * torch.eye(24))[order][:, order]
     E = (W.double() - q.dequantize(torch.float64))[order]
@@ -61,6 +61,35 @@ def test_a_part_is_where_the_rest_could_make_good_what_is_lost(seed, parts):
     assert done == 24
 
 
+@given(st.integers(0, 10**6), st.sampled_from([1, 2, 5, 12]))
+def test_a_part_that_is_visited_again_is_wanted_where_all_others_would_have_it(seed, size):
+    """The least of tr(G E H E^T) over the rows of a part, whatever H is."""
+    g = torch.Generator().manual_seed(seed)
+    W, G, how = torch.randn(24, 32, generator=g), moment(24, g), Feedback(24 // size, damp=0.01)
+    rows = _Rows(W, G, how)
+    for number, own in enumerate(rows.parts):
+        rows.take(number, RTN().solve(W[own], moment(32, g), SCHEME))
+    exact = G.double() + how.damp * G.diagonal().double().mean() * torch.eye(24)
+    E = W.double() - rows.value().dequantize(torch.float64)
+    for number, own in enumerate(rows.parts):
+        rest = torch.tensor([i for i in range(24) if i not in own.tolist()], dtype=torch.int64)
+        pull = torch.linalg.solve(exact[own][:, own], exact[own][:, rest] @ E[rest])
+        wanted = W[own].double() + pull
+        torch.testing.assert_close(rows.again(number).double(), wanted, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_round_helps(seed):
+    g = torch.Generator().manual_seed(seed)
+    W, G, H = torch.randn(64, 64, generator=g), moment(64, g, 24), moment(64, g)
+    lost = []
+    for rounds in (0, 1, 2):
+        [q] = solve_rows(Polished(), [W], [G], H, SCHEME, Feedback(rounds=rounds))
+        lost.append(felt(W, q, G, H))
+    assert lost[1] < 0.98 * lost[0]
+    assert lost[2] < lost[1]
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_the_loss_feels_less(seed):
     g = torch.Generator().manual_seed(seed)
@@ -68,7 +97,7 @@ def test_the_loss_feels_less(seed):
     plain = GPTQ().solve(W, H, SCHEME)
     lost = [felt(W, plain, G, H)]
     for parts in (2, 8, 64):
-        [q] = solve_rows(GPTQ(), [W], [G], H, SCHEME, Feedback(parts))
+        [q] = solve_rows(GPTQ(), [W], [G], H, SCHEME, Feedback(parts, rounds=0))
         lost.append(felt(W, q, G, H))
     assert lost[3] < 0.8 * lost[0]
     assert max(lost[1:3]) < lost[0]

@@ -26,6 +26,7 @@ def module(path: str) -> ModuleType:
 def row(name: str, text: str, kl: float, seconds: float, bits: float = 4, **more: Any) -> Any:
     return {
         "model": "m",
+        "calibration": "c",
         "text": text,
         "group_size": 64,
         "symmetric": False,

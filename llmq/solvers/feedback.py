@@ -9,19 +9,27 @@ columns: row i is rounded from where it would make good what the rows before it 
 
 here a part of the rows at a time, which any solver rounds as if they were a matrix of their own.
 After YAQA (Tseng et al. 2025, arXiv 2505.22988), where rounding has feedback on both sides.
+
+That leaves the first rows as they were rounded before anything was known of the later ones. So the
+parts are visited again: given all other rows, a part p is best at
+
+    q_p + G_pp^-1 (G E)_p
+
+towards which coordinate descent (`descent`) moves its codes and scales.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from llmq.factor import factor
-from llmq.scheme import QuantizedWeight, QuantScheme
+from llmq.scheme import QuantizedWeight, QuantScheme, joined
 from llmq.solvers import Solver, over
+from llmq.solvers.descent import descend
 from llmq.solvers.gptq import alive
 
 
@@ -33,11 +41,15 @@ class Feedback:
         parts: that a matrix is solved in, those rows first that the loss feels most.
         damp: added to the diagonal of G, as a share of its mean.
         tokens: of calibration text that G is measured on.
+        rounds: how often all parts are visited again.
+        sweeps: of coordinate descent at each of these visits.
     """
 
-    parts: int = 4
+    parts: int = 8
     damp: float = 0.1
     tokens: int = 1 << 13
+    rounds: int = 1
+    sweeps: int = 2
 
 
 class _Rows:
@@ -46,44 +58,56 @@ class _Rows:
     Args:
         W: (N, K).
         G: float32 (N, N), or None: then all rows are in the first part.
+
+    Attributes:
+        parts: rows of each part.
+        found: what is known of each part so far.
     """
 
     def __init__(self, W: Tensor, G: Tensor | None, how: Feedback):
         self.W = W
-        G = None if len(W) == 1 else G
-        self.step = len(W) if G is None else -(-len(W) // how.parts)
-        self.order = torch.arange(len(W), device=W.device)
-        if G is not None:
-            self.order = G.diagonal().argsort(descending=True, stable=True)
-            self.R = factor(alive(G), how.damp, self.order)
-            self.lost = torch.zeros_like(W, dtype=torch.float32)  # in the order of the parts
+        self.G = None if len(W) == 1 or how.parts == 1 else G
+        order = torch.arange(len(W), device=W.device)
+        self.parts: Sequence[Tensor] = [order]
         self.found: list[QuantizedWeight] = []
+        if self.G is not None:
+            self.G = alive(self.G).clone()
+            order = self.G.diagonal().argsort(descending=True, stable=True)
+            self.parts = order.split(-(-len(W) // how.parts))
+            self.R = factor(self.G, how.damp, order)
+            self.G.diagonal().add_(how.damp * self.G.diagonal().mean())
+            self.lost = torch.zeros_like(W, dtype=torch.float32)
 
     def part(self, number: int) -> Tensor:
-        """What is to be rounded next, (rows, K); there may be no rows left."""
-        own = slice(number * self.step, (number + 1) * self.step)
-        W = self.W[self.order[own]]
-        if not number or not len(W):
+        """What is to be rounded first, (rows, K), when the parts before it are known."""
+        W = self.W[self.parts[number]]
+        if not number:
             return W
-        before = slice(0, own.start)
-        debt = self.R[before, own].T @ self.lost[before]
+        start = number * len(self.parts[0])
+        before, own = slice(0, start), slice(start, start + len(W))
+        debt = self.R[before, own].T @ self.lost[torch.cat(list(self.parts[:number]))]
         return W + torch.linalg.solve_triangular(self.R[own, own].T, debt, upper=False).to(W.dtype)
+
+    def again(self, number: int) -> Tensor:
+        """Where the part would be best, (rows, K), when all others are as they are."""
+        assert self.G is not None
+        own = self.parts[number]
+        G = self.G[own]
+        pull = torch.linalg.solve(G[:, own].double(), (G @ self.lost).double())
+        return (self.W[own] - self.lost[own] + pull.float()).to(self.W.dtype)
 
     def take(self, number: int, q: QuantizedWeight) -> None:
         """The part is rounded."""
-        own = slice(number * self.step, (number + 1) * self.step)
-        self.found.append(q)
-        if self.step < len(self.W):
-            self.lost[own] = self.W[self.order[own]].float() - q.dequantize(torch.float32)
+        self.found[number : number + 1] = [q]
+        if self.G is not None:
+            own = self.parts[number]
+            self.lost[own] = self.W[own].float() - q.dequantize(torch.float32)
 
     def value(self) -> QuantizedWeight:
         """All rows."""
-        if len(self.found) == 1:
+        if len(self.parts) == 1:
             return self.found[0]
-        back = self.order.argsort()
-        names = [name for name, part in vars(self.found[0]).items() if isinstance(part, Tensor)]
-        whole = {n: torch.cat([getattr(q, n) for q in self.found])[back] for n in names}
-        return replace(self.found[0], **whole)
+        return joined(self.found).rows(torch.cat(list(self.parts)).argsort())
 
 
 def solve_rows(
@@ -109,15 +133,22 @@ def solve_rows(
         return [tall.rows(rows) for rows in _spans(heights)]
     rounding = over(solver, H, scheme)
     every = [_Rows(W, G, how) for W, G in zip(matrices, moments, strict=True)]
-    for number in range(how.parts):
-        parts = [rows.part(number) for rows in every]
-        busy = [(rows, part) for rows, part in zip(every, parts, strict=True) if len(part)]
-        if not busy:
-            break
-        tall = rounding(torch.cat([part for _, part in busy]))
-        spans = _spans(len(part) for _, part in busy)
-        for (rows, _), span in zip(busy, spans, strict=True):
+
+    def visit(busy: list[_Rows], number: int, tall: QuantizedWeight) -> None:
+        spans = _spans(len(rows.parts[number]) for rows in busy)
+        for rows, span in zip(busy, spans, strict=True):
             rows.take(number, tall.rows(span))
+
+    for number in range(how.parts):
+        if busy := [rows for rows in every if number < len(rows.parts)]:
+            visit(busy, number, rounding(torch.cat([rows.part(number) for rows in busy])))
+    H = alive(H)
+    for number in [*range(how.parts)] * how.rounds:
+        busy = [rows for rows in every if rows.G is not None and number < len(rows.parts)]
+        if busy:
+            wanted = torch.cat([rows.again(number) for rows in busy])
+            begun = joined([rows.found[number] for rows in busy])
+            visit(busy, number, descend(wanted, H, begun, how.sweeps))
     return [rows.value() for rows in every]
 
 
