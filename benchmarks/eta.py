@@ -57,14 +57,15 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-def judged(ends: Sequence[float], end: float) -> list[dict[str, float]]:
+def judged(begun: float, ends: Sequence[float], end: float) -> list[dict[str, float]]:
     """Per finished block but the last: what `Pace` says, and what really remained.
 
     Args:
+        begun: when work on the first block began.
         ends: when each block was finished, in seconds since the run began.
         end: when the run was.
     """
-    pace, rows = Pace(0.0, len(ends)), []
+    pace, rows = Pace(begun, len(ends)), []
     for done, now in enumerate(ends[:-1], 1):
         pace.note(now, done)
         predicted = pace.remaining()
@@ -117,8 +118,10 @@ def measure(name: str, tiny: bool, room: Path) -> dict[str, Any]:
     log = (room / "out" / "quantization_log.jsonl").read_text().splitlines()
     events = [json.loads(line) for line in log]
     times = [datetime.fromisoformat(event["time"]).timestamp() for event in events]
-    ends = [t - times[0] for t, e in zip(times, events, strict=True) if e["event"] == "block"]
-    rows = judged(ends, times[-1] - times[0])
+    blocks = [(t - times[0], e) for t, e in zip(times, events, strict=True) if "block" in e]
+    ends = [end for end, _ in blocks]
+    begun = ends[0] - sum(blocks[0][1]["seconds"].values())
+    rows = judged(begun, ends, times[-1] - times[0])
     from_then_on = [row for row in rows if row["done"] >= tenth(layers)]
     first = from_then_on[0]
     return {
@@ -126,6 +129,7 @@ def measure(name: str, tiny: bool, room: Path) -> dict[str, Any]:
         "layers": layers,
         "options": options,
         "seconds": times[-1] - times[0],
+        "begun": round(begun, 3),
         "block_ends": [round(end, 3) for end in ends],
         "after_a_tenth": first,
         "good": abs(first["error"]) <= WITHIN,

@@ -197,6 +197,7 @@ def measure(args: argparse.Namespace, layers: int, room: Path) -> dict[str, Any]
         "samples": [
             [round(t - start, 2), a, m] for t, a, m in samples[:: max(1, len(samples) // 300)]
         ],
+        "begun": round(ends[0] - sum(blocks[0]["seconds"].values()) - start, 2),
         "block_ends": [round(end - start, 2) for end in ends],
     }
 

@@ -98,7 +98,7 @@ def prepare(
         recipe: says which linears will be quantized, and by how much text they are judged.
         device: where blocks run (default: where the model is).
         store: gives blocks and keeps what is put aside.
-        passed: is called with the number of finished steps, two per block.
+        passed: is called with the number of finished steps, two per block, and before the first.
         seed: of the labels that are drawn.
 
     Raises:
@@ -122,6 +122,7 @@ def prepare(
         }
         return [pieces[w.batch][w.row] for w in chosen]
 
+    passed(0)
     for i in range(len(blocks)):
         numbered = dict(zip(_numbers(chosen), states, strict=True))
         store.put_aside(f"states-{i}-{ranks.number()}", numbered)

@@ -10,33 +10,31 @@ from contextlib import contextmanager
 class Pace:
     """Tells how long the rest takes, from the times at which steps were finished.
 
-    The first step of a run has to wait for everything that is done once, so that it does not count
-    as soon as there is another one.
-
     Args:
-        start: when the clock started, in seconds.
+        start: when the first step began, in seconds.
         total: steps in all.
         before: how many of them were finished by an earlier run.
     """
 
     def __init__(self, start: float, total: int, before: int = 0) -> None:
         self._total = total
-        self._first = self._origin = self._last = (start, before)
+        self._start = self._last = (start, before)
 
     def note(self, now: float, done: int) -> None:
-        """Take in that `done` steps are finished at the time `now`."""
-        if done <= self._last[1]:
-            return
-        if self._first == self._origin:
-            self._first = (now, done)
-        self._last = (now, done)
+        """Take in that `done` steps are finished at the time `now`.
+
+        If none is, the first one only begins now: what happens once before it says nothing.
+        """
+        if done > self._last[1]:
+            self._last = (now, done)
+        elif self._last == self._start:
+            self._start = self._last = (now, done)
 
     def remaining(self) -> float | None:
         """Seconds from the last finished step to the end; None before the first one."""
-        if self._last == self._origin:
+        if self._last == self._start:
             return None
-        since = self._first if self._last != self._first else self._origin
-        rate = (self._last[0] - since[0]) / (self._last[1] - since[1])
+        rate = (self._last[0] - self._start[0]) / (self._last[1] - self._start[1])
         return rate * (self._total - self._last[1])
 
 

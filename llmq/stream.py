@@ -51,7 +51,8 @@ class Streamed:
         gate: judges the result; its streams are kept beside those of the flow. None in a process
             that does not write.
         spill: keep hidden states in memory-mapped files instead of in memory.
-        finished: is called with the number of finished blocks after each of them.
+        finished: is called with the number of finished blocks, after each of them and when work
+            on the first one begins.
         read: gives a block by its number, if not `source.block` (see `ahead`).
 
     Raises:
@@ -90,6 +91,8 @@ class Streamed:
         for states in (*self._files, self._judged):
             states.boundary = index + 1
         self._opened = time.perf_counter()
+        if self._finished and index == self.start:
+            self._finished(index)
         return self._read(index)
 
     def look(self, index: int) -> nn.Module:

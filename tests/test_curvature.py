@@ -53,7 +53,7 @@ def found(model: Any, texts: list[Tensor], recipe: Recipe = RECIPE) -> dict[str,
     prefix, blocks = decoder_blocks(model)
     store, steps = InMemory(blocks), []
     prepare(model, texts, recipe, None, store, steps.append)
-    assert steps == list(range(1, 2 * len(blocks) + 1))
+    assert steps == list(range(2 * len(blocks) + 1))
     assert store.prepared
     assert set(store._aside) == {f"outputs-{i}" for i in range(len(blocks))}  # and no states
     return {

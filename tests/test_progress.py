@@ -19,12 +19,14 @@ RECORDED = json.loads((BENCHMARKS / "results" / "memory.json").read_text())
 def test_the_time_that_is_left():
     pace = Pace(100.0, 33)
     assert pace.remaining() is None
+    pace.note(121.0, 0)  # the first step only begins now
+    assert pace.remaining() is None
     pace.note(130.0, 3)
-    assert pace.remaining() == 300
-    pace.note(139.0, 6)  # 3 s a step from here on: the first ones had to wait
-    assert pace.remaining() == 81
-    pace.note(139.0, 6)
-    assert pace.remaining() == 81
+    assert pace.remaining() == 90
+    pace.note(151.0, 6)  # 5 s a step, seen from the first one
+    assert pace.remaining() == 135
+    pace.note(151.0, 6)
+    assert pace.remaining() == 135
     pace.note(220.0, 33)
     assert pace.remaining() == 0
     resumed = Pace(0.0, 33, before=16)
@@ -38,7 +40,7 @@ def test_the_time_that_is_left():
 def test_the_time_that_is_left_of_recorded_runs(run):
     """Right within 15 % when a tenth of the layers is done, and two of them at least."""
     ends = run["block_ends"]
-    pace = Pace(0.0, len(ends))
+    pace = Pace(run["begun"], len(ends))
     done = max(2, math.ceil(len(ends) / 10))
     for finished in range(1, done + 1):
         pace.note(ends[finished - 1], finished)
@@ -58,10 +60,9 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_the_benchmark_of_predictions(monkeypatch: pytest.MonkeyPatch):
     eta = benchmark(monkeypatch)
     assert [eta.tenth(blocks) for blocks in (4, 20, 32)] == [2, 2, 4]
-    even = eta.judged([30.0, 40.0, 50.0, 60.0], 70.0)  # the first block had to wait
+    even = eta.judged(20.0, [30.0, 40.0, 50.0, 60.0], 70.0)  # the first block had to wait
     assert [row["done"] for row in even] == [1, 2, 3]
-    assert even[0]["error"] == 2.0  # 90 s instead of 30 s
-    assert [row["error"] for row in even[1:]] == [0, 0]
+    assert [row["error"] for row in even] == [0, 0, 0]
     assert even[1]["error_of_the_run"] == pytest.approx(20 / 30 - 1)
-    slower = eta.judged([10.0, 20.0, 40.0, 60.0], 60.0)
+    slower = eta.judged(0.0, [10.0, 20.0, 40.0, 60.0], 60.0)
     assert slower[1]["error"] == -0.5
