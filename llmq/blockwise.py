@@ -25,8 +25,8 @@ from llmq.calls import Call
 from llmq.division import Piece, Solved, divide, exchange
 from llmq.errors import IntegrityError, NonFiniteError
 from llmq.kept import forget_outputs, keep_outputs
-from llmq.moments import quadratic
-from llmq.objective import Problem, Twin, posed
+from llmq.moments import damped, quadratic
+from llmq.objective import Matching, Problem, Twin, posed
 from llmq.recipe import Recipe
 from llmq.retry import Effort
 from llmq.scheme import QuantizedWeight, QuantScheme, empty, joined
@@ -118,7 +118,7 @@ class BlockJob:
             left = linears(view).keys() - done
             if twin and not self.lean and (left or group[0] in twin.sums):
                 keep_outputs(twin.block, done, len(calls))
-            problems = posed(work, group[0], hidden, calls, twin)
+            problems = posed(work, list(chosen), hidden, calls, twin)
             _check(problems, f"{name}.{group[0]}")
             for linear, found, q in _solve_group(
                 view, work, chosen, problems, recipe, self.outputs
@@ -134,7 +134,7 @@ class BlockJob:
         return solution
 
 
-def _check(problems: list[Problem], name: str) -> None:
+def _check(problems: Sequence[Problem | Matching], name: str) -> None:
     """Refuse what is not finite.
 
     Raises:
@@ -151,7 +151,7 @@ def _solve_group(
     view: nn.Module,
     work: nn.Module,
     schemes: dict[str, QuantScheme],
-    problems: list[Problem],
+    problems: list[Problem] | list[Matching],
     recipe: Recipe,
     outputs: Mapping[str, Tensor],
 ) -> Iterator[tuple[str, list[LayerReport], list[QuantizedWeight]]]:
@@ -160,7 +160,7 @@ def _solve_group(
     Every process of the run solves a part of them. `problems` is emptied on the way. Yields per
     linear its name, and one report and one result for each of its experts (one if it has none).
     """
-    device, K = problems[0].H.device, len(problems[0].H)
+    device, K = problems[0].device, _matrix(view, next(iter(schemes)), 0).shape[1]
     tokens = [problem.tokens for problem in problems]
     rows = {n: len(_matrix(view, n, 0)) for n in schemes}
     together = not outputs.keys().isdisjoint(schemes)
@@ -194,7 +194,7 @@ def _solve_pieces(
     view: nn.Module,
     pieces: Sequence[Piece],
     schemes: dict[str, QuantScheme],
-    problems: list[Problem],
+    problems: list[Problem] | list[Matching],
     recipe: Recipe,
     outputs: Mapping[str, Tensor],
 ) -> dict[Piece, Solved]:
@@ -205,10 +205,8 @@ def _solve_pieces(
     problem, found = problems.pop(0), {}
     if not pieces:
         return found
-    H = problem.H
-    matrices = {p.name: _matrix(view, p.name, p.expert).to(H.device) for p in pieces}
-    targets = problem.targets(matrices)
-    moment = problem.moment()
+    matrices = {p.name: _matrix(view, p.name, p.expert).to(problem.device) for p in pieces}
+    H, extra, targets = problem.settled(matrices)
     del problem, matrices  # what targets are made of may be as large as what solving takes
     for scheme in dict.fromkeys(schemes[piece.name] for piece in pieces):
         own = [piece for piece in pieces if schemes[piece.name] == scheme]
@@ -217,7 +215,8 @@ def _solve_pieces(
         targets = {n: W for n, W in targets.items() if schemes[n] != scheme}
         moments = [outputs[p.name].to(H.device) if p.name in outputs else None for p in own]
         how = recipe.feedback or Feedback(parts=1)
-        results = solve_rows(recipe.solver, weights, moments, moment, scheme, how)
+        with damped(H, extra):
+            results = solve_rows(recipe.solver, weights, moments, H, scheme, how)
         seconds = (time.perf_counter() - start) / len(own)
         for piece, W, q in zip(own, weights, results, strict=True):
             found[piece] = Solved(q, *squares(W, q, H), seconds)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -47,7 +48,9 @@ class SecondMoment:
 
     def finish(self) -> Tensor:
         """The same as `mean`, in the place of `total`, which is no more."""
-        return _mirrored(self.total.div_(max(self.count, 1)))
+        total = self.total
+        del self.total
+        return _mirrored(total.div_(max(self.count, 1)))
 
 
 def _mirrored(H: Tensor) -> Tensor:
@@ -60,6 +63,17 @@ def _mirrored(H: Tensor) -> Tensor:
         own.copy_(own.tril() + own.tril(-1).T)
         H[:start, start:stop] = H[start:stop, :start].T
     return H
+
+
+@contextmanager
+def damped(H: Tensor, share: float) -> Iterator[None]:
+    """H (K, K) with a share of its mean diagonal added to it, for the length of a `with`."""
+    diagonal = H.diagonal().clone()
+    H.diagonal().add_(share * diagonal.mean())
+    try:
+        yield
+    finally:
+        H.diagonal().copy_(diagonal)
 
 
 def second_moments(inputs: Iterable[Tensor | Sequence[Tensor]]) -> list[tuple[Tensor, int]]:

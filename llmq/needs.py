@@ -116,20 +116,24 @@ def _solving(shape: Shape, job: Job, index: int) -> Iterator[Phase]:
     if job.felt:
         fixed["output moments"] = _felt(shape)
     source = {"source of the block": shape.block_bytes}
-    # Of the quantized and the full stream: x x^T and (x - x~) x~^T, both for fitting and judging.
-    sums = 4 * square if matched else g.experts * square + (square if g.experts > 1 else 0)
-    if matched and g.rows == g.widest:
-        sums += 2 * 4 * matrix  # what is missing in the sum that this matrix's output enters
+    sums = g.experts * square + (square if g.experts > 1 else 0)
     rows = 4 * job.batch * g.columns * (3 if matched else 1)
+    if matched:  # both for fitting and judging: x~ x~^T, and what is missing
+        sums = 2 * square + 2 * (4 * matrix if g.behind else square)
+        rows += 4 * matrix if g.behind and shape.itemsize < 4 else 0
     work = {"second moments": sums, "a batch": _running(shape, job) + rows}
     yield Phase("calibrating", {**fixed, **work}, {}, source)
     if matched:
         targets, largest = matrix * shape.itemsize, g.widest * g.columns
-        # H while it is factored; then a shift in float32 and float64, judged with another H.
-        work = max(square + _panels(g.columns), 20 * largest, square + 12 * largest)
-        work = {"second moments": sums + square, "factor": square + work}
-        yield Phase("matching", {**fixed, **work, "targets": targets}, {}, source)
-        held = 2 * square  # H, and H with more on its diagonal
+        # H while it is factored; or a shift in float32 and float64, and what it was made of.
+        work = square + max(_panels(g.columns), 16 * largest)
+        yield Phase(
+            "matching",
+            {**fixed, "second moments": sums, "factor": work, "targets": targets},
+            {},
+            source,
+        )
+        held = square
     else:
         held = g.experts * square
     tall = shape.itemsize * matrix

@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from llmq.adapters import RoutedLinear
 from llmq.blocks import inputs_of
 from llmq.calls import Call
 from llmq.factor import divided, factor
-from llmq.moments import SecondMoment, second_moments, weight_roots, with_prior
+from llmq.moments import SecondMoment, quadratic, second_moments, weight_roots, with_prior
 from llmq.residual import enters_a_sum, reads_and_sums
 from llmq.solvers.gptq import alive
 
@@ -37,6 +38,20 @@ HELD_OUT = 6  # every sixth batch only judges
 MOST = 20.0  # times the mean |x|^2 of a batch is as much as a token can count
 DAMP, MOST_DAMP = 0.01, 0.1  # of the mean of H's diagonal, at least and at most
 FITTING, ROUNDING = 0.16, 3.0  # times columns per token: damping of targets and of solvers
+
+
+class Settled(NamedTuple):
+    """What a solver gets.
+
+    Attributes:
+        H: float32 (K, K), the mean of x x^T over the inputs.
+        extra: share of the mean of H's diagonal that it is to add to it, besides its own.
+        targets: per matrix what is to be rounded, of its shape and dtype.
+    """
+
+    H: Tensor
+    extra: float
+    targets: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -51,30 +66,40 @@ class Problem:
     H: Tensor
     tokens: int
 
+    @property
+    def device(self) -> torch.device:
+        return self.H.device
+
     def finite(self) -> bool:
         """Whether no input was NaN or infinite."""
         return bool(self.H.diagonal().isfinite().all())
 
-    def targets(self, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Per W (N, K) the matrix to round, of the same shape and dtype."""
-        return dict(matrices)
-
-    def moment(self) -> Tensor:
-        """H as a solver should take it."""
-        return self.H
+    def settled(self, matrices: Mapping[str, Tensor]) -> Settled:
+        """For these W (N, K)."""
+        return Settled(self.H, 0.0, dict(matrices))
 
 
 class Drift:
-    """Sums over tokens: of x~ x~^T, of (x - x~) x~^T and, at a sum, of (h - h~) x~^T.
+    """Sums over tokens: of x~ x~^T, and of what is missing behind every matrix times x~^T.
+
+    Behind W that is W (x - x~), and h - h~ at a sum. It is summed up itself, (N, K), where the
+    matrices have no more rows than columns; else (x - x~) x~^T is, and multiplied by W at last.
 
     A token whose |x~|^2 is more than `MOST` times that of its batch's mean has the weight at which
     it is so much: the errors of such tokens say little about the model's, and would rule the sums.
+
+    Args:
+        matrices: W (N, K) by name, in full precision, that read one tensor.
     """
 
-    def __init__(self, K: int, device: torch.device | str = "cpu"):
-        self.inputs = SecondMoment(K, device)
-        self.D = torch.zeros(K, K, device=device)
-        self.R: Tensor | None = None
+    def __init__(self, matrices: Mapping[str, Tensor]):
+        first = next(iter(matrices.values()))
+        K = first.shape[1]
+        self.matrices = matrices
+        self.inputs = SecondMoment(K, first.device)
+        tall = sum(map(len, matrices.values())) > K
+        self.D = torch.zeros(K, K, device=first.device) if tall else None
+        self.missing: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def add(self, x: Tensor, full_x: Tensor, missing: Tensor | None = None) -> None:
@@ -82,39 +107,45 @@ class Drift:
         roots = weight_roots(x.flatten(0, -2), MOST)
         rows = x.flatten(0, -2) * roots
         self.inputs.add(rows)
-        self.D.addmm_((full_x.flatten(0, -2) * roots).sub_(rows).T, rows)
-        if missing is not None:
-            missing = missing.flatten(0, -2) * roots
-            if self.R is None:
-                self.R = rows.new_zeros(missing.shape[1], rows.shape[1])
-            self.R.addmm_(missing.T, rows)
+        lag = (full_x.flatten(0, -2) * roots).sub_(rows)
+        missing = None if missing is None else missing.flatten(0, -2) * roots
+        if self.D is not None:
+            self.D.addmm_(lag.T, rows)
+        for name, W in self.matrices.items():
+            behind = lag @ W.float().T if self.D is None else missing
+            if behind is None:
+                continue
+            if self.D is None and missing is not None:
+                behind += missing
+            if name not in self.missing:
+                self.missing[name] = torch.zeros_like(W, dtype=torch.float32)
+            self.missing[name].addmm_(behind.T, rows)
 
     def add_up(self) -> None:
         """Take in what all processes of this run have seen."""
         self.inputs.add_up()
-        ranks.add_up(self.D)
-        if self.R is not None:
-            ranks.add_up(self.R)
+        for total in self._sums():
+            ranks.add_up(total)
+
+    def _sums(self) -> list[Tensor]:
+        own = list(self.missing.values())
+        return own if self.D is None else [self.D, *own]
 
     def finite(self) -> bool:
-        sums = (
-            (self.inputs.total, self.D) if self.R is None else (self.inputs.total, self.D, self.R)
-        )
-        return all(bool(total.isfinite().all()) for total in sums)
+        return all(bool(total.isfinite().all()) for total in (self.inputs.total, *self._sums()))
 
-    def pull(self, W: Tensor) -> Tensor:
-        """W D + R, float32 (N, K)."""
-        pull = W.float() @ self.D
-        return (pull if self.R is None else pull + self.R) / max(self.inputs.count, 1)
-
-    def factor(self) -> Tensor:
-        """Upper R, float32 (K, K), with R R^T = H + lambda I."""
-        H = self.inputs.mean()
-        return factor(alive(H), damping(FITTING, self.inputs.count, len(H)))
+    def pull(self, name: str, W: Tensor) -> Tensor:
+        """Mean over tokens of what is missing behind W times x~^T, float32 (N, K)."""
+        own = self.missing.get(name)
+        if self.D is not None:
+            pull = W.float() @ self.D
+            return (pull if own is None else pull.add_(own)).div_(max(self.inputs.count, 1))
+        assert own is not None
+        return own / max(self.inputs.count, 1)
 
 
 @dataclass(frozen=True)
-class Matching(Problem):
+class Matching:
     """Round W so that its output is nearest to what the full-precision model has in this place.
 
     Attributes:
@@ -125,49 +156,51 @@ class Matching(Problem):
     fit: Drift
     judge: Drift
 
-    @classmethod
-    def of(cls, fit: Drift, judge: Drift) -> Matching:
-        """H is the mean over all tokens."""
-        tokens = fit.inputs.count + judge.inputs.count
-        H = fit.inputs.mean().mul_(fit.inputs.count / tokens)
-        H += judge.inputs.mean().mul_(judge.inputs.count / tokens)
-        return cls(H, tokens, fit, judge)
+    @property
+    def tokens(self) -> int:
+        return self.fit.inputs.count + self.judge.inputs.count
+
+    @property
+    def device(self) -> torch.device:
+        return self.fit.inputs.total.device
 
     def finite(self) -> bool:
         return self.fit.finite() and self.judge.finite()
 
-    def moment(self) -> Tensor:
-        """H with more on its diagonal if there were few tokens for its columns.
+    def settled(self, matrices: Mapping[str, Tensor]) -> Settled:
+        """For these W (N, K), which are among those of the drifts; the sums are used up.
 
-        What looks cheap in few tokens is less so in others, the more so in other kinds of text.
-        Solvers add the usual share themselves.
+        On tokens that were held out it is judged how far to go; then all tokens tell where. Solvers
+        get more on the diagonal of H if there were few tokens for its columns: what looks cheap in
+        few tokens is less so in others, the more so in other kinds of text.
         """
-        extra = damping(ROUNDING, self.tokens, len(self.H)) - DAMP
-        H = self.H.clone()
-        H.diagonal().add_(extra * H.diagonal().mean())
-        return H
-
-    def targets(self, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """On tokens that were held out it is judged how far to go; then all tokens tell where."""
-        R = self.fit.factor()
-        shares = {n: self.share(W, divided(self.fit.pull(W), R)) for n, W in matrices.items()}
-        del R
-        R = factor(alive(self.H), damping(FITTING, self.tokens, len(self.H)))
-        return {
-            n: (W.float() + shares[n] * divided(self.pull(W), R)).to(W.dtype) if shares[n] else W
-            for n, W in matrices.items()
+        fit, judge, tokens = self.fit, self.judge, self.tokens
+        part = fit.inputs.count / tokens
+        H, held_out = fit.inputs.finish(), judge.inputs.finish()
+        K = len(H)
+        R = factor(alive(H), damping(FITTING, fit.inputs.count, K))
+        shares = {
+            name: best_share(divided(fit.pull(name, W), R), held_out, judge.pull(name, W))
+            for name, W in matrices.items()
         }
+        del R
+        H.mul_(part).add_(held_out, alpha=1 - part)
+        del held_out
+        R = factor(alive(H), damping(FITTING, tokens, K))
+        targets = {}
+        for name, W in matrices.items():
+            targets[name] = W
+            if shares[name]:
+                pull = fit.pull(name, W).mul_(part).add_(judge.pull(name, W), alpha=1 - part)
+                targets[name] = divided(pull, R).mul_(shares[name]).add_(W).to(W.dtype)
+        return Settled(H, damping(ROUNDING, tokens, K) - DAMP, targets)
 
-    def pull(self, W: Tensor) -> Tensor:
-        """Of all tokens."""
-        part = self.fit.inputs.count / self.tokens
-        return part * self.fit.pull(W) + (1 - part) * self.judge.pull(W)
 
-    def share(self, W: Tensor, shift: Tensor) -> float:
-        """The share of `shift` with the smallest error on held-out tokens."""
-        square = float(((shift @ self.judge.inputs.mean()) * shift).sum())
-        slope = float((shift * self.judge.pull(W)).sum())
-        return min(SHARES, key=lambda share: share * (share * square - 2 * slope))
+def best_share(shift: Tensor, H: Tensor, pull: Tensor) -> float:
+    """The share of `shift` (N, K) with the smallest error on tokens with this H and `pull`."""
+    square = float(quadratic(shift, H).sum())
+    slope = float((shift * pull).sum())
+    return min(SHARES, key=lambda share: share * (share * square - 2 * slope))
 
 
 def is_held_out(batch: int, count: int) -> bool:
@@ -211,16 +244,16 @@ class Twin:
 
 def posed(
     work: nn.Module,
-    name: str,
+    names: Sequence[str],
     hidden: Sequence[Tensor],
     calls: Sequence[Call],
     twin: Twin | None = None,
-) -> list[Problem]:
-    """What the linear `name` and those that read the same tensor are to be solved for.
+) -> list[Problem] | list[Matching]:
+    """What linears that read the same tensor are to be solved for.
 
     Args:
         work: the block as it is quantized so far.
-        name: of a linear, or of a stack of experts.
+        names: of them, or of a stack of experts.
         hidden: per batch, the hidden states (B, T, D) that enter `work`.
         calls: per batch, the rest of the block's arguments.
         twin: the full-precision block, to match its outputs.
@@ -229,6 +262,7 @@ def posed(
         one problem, or one per expert. Experts have no twin, since the two streams may route a
         token differently; neither has a linear with a single batch, which leaves none to hold out.
     """
+    name = names[0]
     if twin is None or _routed(work, name) or len(calls) == 1:
         moments = second_moments(inputs_of(work, name, hidden, calls))
         moments = with_prior(moments) if len(moments) > 1 else moments
@@ -236,15 +270,15 @@ def posed(
     sums = name in twin.sums
     quantized = reads_and_sums(work, name, hidden, calls, sums)
     full = reads_and_sums(twin.block, name, twin.hidden, calls, sums)
-    K = work.get_parameter(f"{name}.weight").shape[-1]
-    fit, judge = Drift(K, hidden[0].device), Drift(K, hidden[0].device)
+    matrices = {n: work.get_parameter(f"{n}.weight").data for n in names}
+    fit, judge = Drift(matrices), Drift(matrices)
     for b, ((x, h), (full_x, full_h)) in enumerate(zip(quantized, full, strict=True)):
         missing = None if h is None or full_h is None else full_h.float() - h.float()
         (judge if is_held_out(b, len(calls)) else fit).add(x, full_x, missing)
     ranks.meet()
     fit.add_up()
     judge.add_up()
-    return [Matching.of(fit, judge)]
+    return [Matching(fit, judge)]
 
 
 def _routed(block: nn.Module, name: str) -> bool:

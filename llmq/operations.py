@@ -71,9 +71,9 @@ def _calibrating(total: dict[str, float], g: Group, job: Job, passes: int) -> No
     tokens = job.tokens * (g.active if E > 1 else 1)
     total["model"] += 2 * N * K * (passes * tokens + 3 * JUDGED * g.active)
     total["elements"] += job.tokens * passes * (N + 2 * K) * g.active * 4
-    total["float32"] += tokens * K * (1.25 * K + (2 * K if matched else 0))
-    if matched and N == g.widest:
-        total["float32"] += 2 * tokens * N * K
+    total["float32"] += tokens * K * 1.25 * K
+    if matched:
+        total["float32"] += 2 * tokens * K * (2 * N if g.behind else K)
     if job.awq:
         total["float32"] += 11 * 2 * E * N * K * K + tokens * 1.25 * K * K
         total["elements"] += 11 * 25 * E * N * K
@@ -83,7 +83,7 @@ def _matching(total: dict[str, float], g: Group) -> None:
     """Two factors; per matrix one shift that is judged and one that is taken."""
     N, K = g.rows, g.columns
     total["float64"] += 2 * _factor(K) + 2 * 2 * N * K * (K + 1400)
-    total["float32"] += 10 * N * K * K
+    total["float32"] += (2.5 if g.behind else 10.5) * N * K * K
     total["elements"] += LOOKS * N * K
 
 

@@ -35,6 +35,11 @@ class Group:
         """Numbers in the output moments of its matrices (see `curvature`), about."""
         return self.rows * self.widest if self.experts == 1 and self.widest <= hidden else 0
 
+    @property
+    def behind(self) -> bool:
+        """Whether what is missing is summed up behind the matrices (see `objective.Drift`)."""
+        return self.rows <= self.columns
+
     def share(self, processes: int) -> Group:
         """What one of so many processes solves, about; see `division.divide`."""
         if self.experts >= processes:

@@ -13,8 +13,9 @@ from llmq import demo
 from llmq.adapters import as_linears
 from llmq.blocks import decoder_blocks, linears, record_calls, run_block
 from llmq.errors import NonFiniteError
-from llmq.factor import divided
-from llmq.objective import FITTING, MOST, Drift, Matching, damping
+from llmq.factor import divided, factor
+from llmq.moments import damped
+from llmq.objective import FITTING, MOST, Drift, Matching, best_share, damping
 from llmq.quantize import Recipe, quantize
 from llmq.residual import enters_a_sum, reads_and_sums
 from llmq.solvers.descent import Polished
@@ -34,38 +35,52 @@ def streams(seed: int, tokens: int, K: int, N: int, moved: float) -> Streams:
     return x, x + moved * x @ drift + noise, h, h + moved * x @ lost
 
 
-def drift_of(data: Streams, start: int, stop: int) -> Drift:
+def drift_of(data: Streams, start: int, stop: int, *matrices: Tensor) -> Drift:
     x, full_x, h, full_h = (t[start:stop] for t in data)
-    drift = Drift(x.shape[1])
+    drift = Drift({str(i): W for i, W in enumerate(matrices)})
     drift.add(x, full_x, full_h - h)
     return drift
 
 
-def matching(data: Streams, split: int) -> Matching:
-    fit = drift_of(data, 0, split)
-    judge = drift_of(data, split, len(data[0]))
-    return Matching.of(fit, judge)
+def matching(data: Streams, split: int, *matrices: Tensor) -> Matching:
+    fit = drift_of(data, 0, split, *matrices)
+    return Matching(fit, drift_of(data, split, len(data[0]), *matrices))
+
+
+def shift_of(drift: Drift, name: str, W: Tensor) -> Tensor:
+    H = drift.inputs.mean()
+    R = factor(H, damping(FITTING, drift.inputs.count, len(H)))
+    return divided(drift.pull(name, W), R)
+
+
+def share_of(problem: Matching, W: Tensor) -> float:
+    judge = problem.judge
+    return best_share(shift_of(problem.fit, "0", W), judge.inputs.mean(), judge.pull("0", W))
 
 
 def test_no_token_counts_more_than_twenty_times_the_mean():
     x, full_x, h, full_h = streams(3, 400, 8, 3, 1.0)
     for data in (x, full_x):
         data[7] *= 1000
-    found = drift_of((x, full_x, h, full_h), 0, 400)
     X, missing = x.double(), (full_h - h).double()
     size = X.square().sum(1)
     weight = (MOST * size.mean() / size).clamp(max=1)
     assert weight[7] < 0.1
     assert (weight == 1).sum() == 399
     weighted = X * weight[:, None]
-    for got, wanted in (
-        (found.inputs.mean() * 400, X.T @ weighted),
-        (found.D, (full_x.double() - X).T @ weighted),
-        (found.R, missing.T @ weighted),
-    ):
-        assert got is not None
-        assert (got - wanted).norm() < 1e-5 * wanted.norm()
-    silent = Drift(8)
+    for rows in (3, 9):  # summed up behind the matrix, or before it
+        W = torch.randn(rows, 8, generator=torch.Generator().manual_seed(0))
+        missing = torch.randn(400, rows, generator=torch.Generator().manual_seed(1))
+        found = Drift({"W": W})
+        found.add(x, full_x, missing)
+        assert (found.D is None) == (rows == 3)
+        behind = (full_x.double() - X) @ W.double().T + missing
+        for got, wanted in (
+            (found.inputs.mean() * 400, X.T @ weighted),
+            (found.pull("W", W) * 400, behind.T @ weighted),
+        ):
+            assert (got - wanted).norm() < 1e-5 * wanted.norm()
+    silent = Drift({"W": torch.zeros(2, 8)})
     silent.add(torch.zeros(4, 8), torch.zeros(4, 8))
     assert silent.finite()
 
@@ -75,8 +90,7 @@ def test_the_full_target_is_least_squares_on_the_tokens():
     data = streams(0, 4000, K, N, 1.0)
     x, full_x, h, full_h = (t.double() for t in data)
     W = torch.randn(N, K, generator=torch.Generator().manual_seed(1))
-    drift = drift_of(data, 0, 4000)
-    got = W + divided(drift.pull(W), drift.factor())
+    got = W + shift_of(drift_of(data, 0, 4000, W), "0", W)
     wanted = full_x @ W.double().T + full_h - h
     # Damping pulls towards W: rows sqrt(lambda) I with the answer W.
     H = x.T @ x / len(x)
@@ -93,15 +107,15 @@ def test_never_worse_on_held_out_tokens(seed, tokens, moved):
     K, N = 24, 5
     data = streams(seed, tokens, K, N, moved)
     W = torch.randn(N, K, generator=torch.Generator().manual_seed(seed))
-    problem = matching(data, tokens * 3 // 4)
-    share = problem.share(W, divided(problem.fit.pull(W), problem.fit.factor()))
+    problem = matching(data, tokens * 3 // 4, W)
+    share = share_of(problem, W)
     x, full_x, h, full_h = (t[tokens * 3 // 4 :].double() for t in data)
 
     def error(W_new: Tensor) -> float:
         missed = full_x @ W.double().T + full_h - h - x @ W_new.double().T
         return float(missed.square().sum())
 
-    found = error(problem.targets({"W": W})["W"])
+    found = error(problem.settled({"0": W}).targets["0"])
     assert found <= error(W)
     if moved == 0.3:
         assert share == 0.75
@@ -112,19 +126,17 @@ def test_all_tokens_tell_where_to_go():
     K, N = 24, 5
     data = streams(1, 2000, K, N, 0.3)
     W = torch.randn(N, K, generator=torch.Generator().manual_seed(1))
-    problem = matching(data, 1500)
-    share = problem.share(W, divided(problem.fit.pull(W), problem.fit.factor()))
-    whole = drift_of(data, 0, 2000)
-    wanted = W + share * divided(whole.pull(W), whole.factor())
-    got = problem.targets({"W": W, "V": 2 * W})
-    assert (got["W"] - wanted).norm() < 2e-3 * (wanted - W).norm()  # tokens are weighted per batch
-    assert (got["V"] - got["W"]).norm() > 0.5 * W.norm()
+    problem = matching(data, 1500, W, 2 * W)
+    wanted = W + share_of(problem, W) * shift_of(drift_of(data, 0, 2000, W), "0", W)
+    got = problem.settled({"0": W, "1": 2 * W}).targets
+    assert (got["0"] - wanted).norm() < 2e-3 * (wanted - W).norm()  # tokens are weighted per batch
+    assert (got["1"] - got["0"]).norm() > 0.5 * W.norm()
 
 
 def test_streams_that_agree_leave_the_weights_alone():
     x, _, h, _ = streams(0, 500, 24, 5, 0.0)
     W = torch.randn(5, 24).half()
-    target = matching((x, x, h, h), 400).targets({"W": W})["W"]
+    target = matching((x, x, h, h), 400, W).settled({"0": W}).targets["0"]
     assert target.dtype == W.dtype
     assert torch.equal(target, W)
 
@@ -138,12 +150,17 @@ def test_damping_follows_the_number_of_tokens():
 
 @pytest.mark.parametrize(("tokens", "added"), [(300, 0.09), (1000, 0.062), (10**5, 0.0)])
 def test_solvers_get_more_on_the_diagonal_where_tokens_were_few(tokens, added):
-    problem = matching(streams(0, tokens, 24, 5, 1.0), tokens * 3 // 4)
-    before = problem.H.clone()
-    extra = problem.moment() - before
-    assert torch.equal(problem.H, before)
-    wanted = added * before.diagonal().mean() * torch.eye(24)
-    torch.testing.assert_close(extra, wanted, rtol=1e-3, atol=1e-5)
+    W = torch.randn(5, 24)
+    data = streams(0, tokens, 24, 5, 1.0)
+    H, extra, _ = matching(data, tokens * 3 // 4, W).settled({"0": W})
+    assert extra == pytest.approx(added, abs=1e-9)
+    mean = drift_of(data, 0, tokens, W).inputs.mean()
+    torch.testing.assert_close(H, mean, rtol=0.02, atol=0.02)  # tokens are weighted per batch
+    before = H.clone()
+    with damped(H, extra):
+        wanted = added * before.diagonal().mean() * torch.eye(24)
+        torch.testing.assert_close(H - before, wanted, rtol=1e-3, atol=1e-5)
+    assert torch.equal(H, before)
 
 
 SUMS = {
