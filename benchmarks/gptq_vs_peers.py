@@ -206,8 +206,8 @@ def run(contender: Contender, args: argparse.Namespace, calib: Path) -> tuple[di
     # Peers leave log folders where they run; llmq may be importable from here only.
     cwd = Path.cwd() if contender.tool == "llmq" else args.work
     cost = timed(argv, args.threads, args.work / f"{label}.log", cwd)
-    dequantize(args.model, out, plain)
     done.write_text(json.dumps({"argv": argv, "cost": cost}))
+    dequantize(args.model, out, plain)
     print(f"{label}: {cost['seconds']:.1f} s, CPU {cost['cpu_seconds']:.1f} s", flush=True)
     return cost, plain
 
