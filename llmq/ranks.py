@@ -6,6 +6,7 @@ one process nothing here does anything.
 
 from __future__ import annotations
 
+import atexit
 import platform
 import signal
 import threading
@@ -43,10 +44,18 @@ def join(device: str) -> None:
         if not distributed.is_initialized():
             gpu = device.startswith("cuda")
             distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+            atexit.register(_leave)
             if device == "cuda":
                 torch.cuda.set_device(own_gpu(torch.cuda.device_count()))
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, _stopped)
+
+
+def _leave() -> None:
+    """The process ends: threads of the group that outlive what they use would abort it."""
+    _ending()
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def own_gpu(gpus: int) -> int:
