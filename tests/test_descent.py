@@ -32,7 +32,7 @@ def test_never_goes_up(seed, scheme, start, tokens):
 def test_never_worse_than_its_start_as_stored(dtype, bits):
     W, H = problem(1, 16, 128)
     scheme = QuantScheme(bits, 32)
-    start = GPTQ().solve(W.to(dtype), H, scheme)
+    start = Polished().start.solve(W.to(dtype), H, scheme)
     polished = Polished().solve(W.to(dtype), H, scheme)
     assert polished.scale.dtype == dtype
     errors = row_errors(W.to(dtype), H, polished), row_errors(W.to(dtype), H, start)

@@ -2,11 +2,14 @@
 
 With R = (W - Q) H, changing one code of a row by d steps of size s changes the row's error
 tr(D H D^T), D = W - Q, by -2 d s R_j + (d s)^2 H_jj: the best d is the nearest integer to
-R_j / (s H_jj). Cyclic coordinate descent over the columns (QuantEase: Behdin et al. 2023,
-arXiv 2309.01885) starts where GPTQ ends. Before the codes of a group are visited, its scale is
-moved to the closed-form optimum Z R / (Z H Z), Z the centred codes, rounded to the stored dtype.
-On the layers that were tried this interleaving ends where joint least squares over all scales of a
-row, alternated with descent, ends; it needs no systems of equations and never goes up.
+R_j / (s H_jj). Coordinate descent (QuantEase: Behdin et al. 2023, arXiv 2309.01885) starts where
+GPTQ ends. It goes from group to group; inside a group every row moves the code that gains most,
+and again until none gains (the rule of Gauss and Southwell): a few steps on all rows at once where
+visiting columns in turn takes one per column, and lower in the end. Before the codes of a group are
+visited, its scale is moved to the closed-form optimum Z R / (Z H Z), Z the centred codes, rounded
+to the stored dtype. On the layers that were tried this interleaving ends where joint least squares
+over all scales of a row, alternated with descent, ends; it needs no systems of equations and never
+goes up.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from llmq.solvers import Rounding, Solver, over
 from llmq.solvers.gptq import GPTQ, alive
 
 PANEL = 128  # columns between two updates of everything else in a wider group
+SHARE = 1  # of a row's codes in a group, one in so many moves at a visit, at most
 MOST = 4.0  # a scale changes at most by this factor in one step
 
 
@@ -33,7 +37,7 @@ class Polished:
 
     Args:
         start: the solver whose answer is improved.
-        sweeps: passes over all columns at most; the last ones gain little.
+        sweeps: passes over all groups at most; the last ones gain little.
     """
 
     start: Solver = GPTQ(trials=8)
@@ -70,7 +74,7 @@ def descend(
         W: (N, K).
         H: float32 (K, K), positive semidefinite, with a positive diagonal.
         q: where to start.
-        sweeps: passes over all columns.
+        sweeps: passes over all groups.
         begin: from W, H and q to what sweeps over them; the default moves codes and scales.
     """
     state = (begin or _Descent)(W, H, q)
@@ -105,7 +109,6 @@ class _Descent:
         self.scale = q.scale.T.float().contiguous()  # (K/G, N)
         self.zero = q.zero.T.float().contiguous()
         self.width = len(self.codes) // len(self.scale)
-        self.pivots = H.diagonal().tolist()
 
     def sweep(self) -> None:
         """One pass over all groups."""
@@ -137,21 +140,31 @@ class _Descent:
         self.scale[g] = best
 
     def move_codes(self, g: int, start: int, stop: int, residual: Tensor) -> Tensor:
-        """Visit columns start..stop of group `g` in order; their changes in delta, (columns, N).
+        """Move codes of columns start..stop of group `g`; their changes in delta, (columns, N).
 
-        `residual` holds (delta H) of these columns in its first rows and follows their moves.
+        `residual` holds (delta H) of these columns in its first rows; it stays as it is.
         """
-        H = self.H[start:stop, start:stop].contiguous()
-        scale, qmax = self.scale[g], self.q.scheme.qmax
-        steps = 1 / scale
-        moves = torch.empty_like(residual[: stop - start])
-        for i in range(stop - start):
-            code = self.codes[start + i]
-            pivot = self.pivots[start + i]
-            new = residual[i].mul(steps).div_(pivot).add_(code).round_().clamp_(0, qmax)
-            torch.mul(code - new, scale, out=moves[i])
-            self.codes[start + i] = new
-            residual[i + 1 : stop - start].addr_(H[i, i + 1 :], moves[i])
+        H = self.H[start:stop, start:stop]
+        pivots, scale, qmax = H.diagonal(), self.scale[g], self.q.scheme.qmax
+        follows = H / pivots  # row j: by what a step of column j brings all columns nearer
+        found = self.codes[start:stop].T.contiguous()  # (N, columns)
+        codes, rows = found.clone(), torch.arange(len(found), device=found.device)
+        # How many steps every code is from its best place, as long as no other moves.
+        away = (residual[: stop - start] / (pivots.unsqueeze(1) * scale)).T.contiguous()
+        for _ in range(len(pivots)):
+            steps = (codes + away).round_().clamp_(0, qmax).sub_(codes)
+            gains = away.mul(2).sub_(steps).mul_(steps).mul_(pivots)
+            most, columns = gains.max(1, keepdim=True)
+            live = (most > 0).flatten().nonzero().flatten()
+            if not len(live):
+                break
+            rows, codes, away = rows[live], codes[live], away[live]
+            columns, steps = columns[live], steps[live].gather(1, columns[live])
+            codes.scatter_add_(1, columns, steps)
+            found[rows, columns.flatten()] += steps.flatten()
+            away.addcmul_(follows[columns.flatten()], steps, value=-1)
+        moves = (self.codes[start:stop] - found.T).mul_(scale)
+        self.codes[start:stop] = found.T
         return moves
 
     def value(self) -> QuantizedWeight:
