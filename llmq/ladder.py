@@ -12,7 +12,7 @@ used on their own in a `quantize.Recipe`:
 runs every block twice and keeps a second copy of one block and of the hidden states, and so takes
 a few times as long. Before that it goes once through the model and back, on 8 K tokens: rows of a
 matrix make good each other's errors, weighed by what the loss feels of its outputs, and are visited
-once more when all are rounded (integers only: code books and super-blocks go without). `best` is
+twice more when all are rounded (integers only: code books and super-blocks go without). `best` is
 `balanced` and after it `tuning.ScaleTuning`: at most 120 forward and backward passes of the whole
 packed model over 2048 tokens each, which take a byte per weight.
 """

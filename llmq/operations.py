@@ -7,6 +7,7 @@ from llmq.sizes import Group, Job, Shape
 
 KINDS = ("model", "float32", "float64", "elements", "steps", "bytes")
 SWEEPS = 5  # of coordinate descent
+MOVES = 60  # calls of torch for the moves of one group in a sweep
 BLOCK = 128  # columns that are rounded one by one, see `solvers.babai`
 CANDIDATES = {True: 22, False: 43}  # grids of a search, with a symmetric scheme or zero points
 REFITS = 3  # of a scale, see `solvers.grid`
@@ -131,9 +132,9 @@ def _solving(total: dict[str, float], g: Group, job: Job, parts: int = 1, again:
         total["steps"] += 20 * E * K * pieces
     if job.kind == "polished":
         sweeps, descents = SWEEPS + again, 2 if again else 1
-        visits += sweeps * (90 + inside / 2)
+        visits += sweeps * (110 + inside / 2)
         total["float32"] += sweeps * 2 * product
-        total["steps"] += sweeps * 7 * E * K * parts
+        total["steps"] += sweeps * MOVES * E * K / inside * parts
         total["float64"] += descents * 2.5 * weights * K  # which rows became better
         total["elements"] += descents * 2 * LOOKS * weights
     total["elements"] += BROADCAST * weights * visits

@@ -48,7 +48,7 @@ class Feedback:
     parts: int = 8
     damp: float = 0.1
     tokens: int = 1 << 13
-    rounds: int = 1
+    rounds: int = 2
     sweeps: int = 2
 
 
