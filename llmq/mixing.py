@@ -127,7 +127,7 @@ def scan(name: str, windows: Tensor, recipe: Recipe, device: str, seed: int) -> 
     Args:
         name: folder or Hub name of a full-precision model.
         windows: calibration tokens, int64 (samples, seq_len).
-        recipe: its group size, symmetry and skipped layers count.
+        recipe: its group size, symmetry, skipped layers and feedback between rows count.
         device: where the whole model is run.
         seed: of the labels that are drawn.
 
@@ -141,5 +141,8 @@ def scan(name: str, windows: Tensor, recipe: Recipe, device: str, seed: int) -> 
             parameter.data = parameter.data.to(torch.bfloat16)
     used = windows[:: max(1, len(windows) // WINDOWS)][:WINDOWS].to(device)
     batches = used.split(max(1, BATCH_TOKENS // used.shape[1]))
-    units = sensitivities(model, batches, recipe.scheme.group_size, recipe.scheme.symmetric, seed)
+    scheme = recipe.scheme
+    units = sensitivities(
+        model, batches, scheme.group_size, scheme.symmetric, seed, recipe.feedback
+    )
     return [unit for unit in units if all(recipe.scheme_for(n) for n in unit.names)]

@@ -253,6 +253,10 @@ def _scanning(shape: Shape, job: Job) -> Phase:
     logits = 1024 * shape.vocabulary * (3 * 4 + shape.itemsize)
     model = shape.blocks * shape.block_bytes + shape.rest_bytes
     device = {"model": model, "second moments": moments, "activations": kept, "logits": logits}
+    if job.felt:
+        device["output moments"] = (
+            sum(4 * g.felt(shape.hidden) for g in shape.groups) * shape.blocks
+        )
     return Phase("scanning", device)
 
 

@@ -7,14 +7,16 @@ w_t = mean_o (d loss / d y_to)^2, and
 
     KL(bits)  ~  1/2 tr(D H D^T),   H = mean_t w_t x_t x_t^T,   D = Q(W, bits) - W
 
-D comes from GPTQ and coordinate descent, as in the flow, with this very H. Layers are summed as if
-they did not interact; a solver that takes quantized inputs into account loses `MATCHED` of that.
-The idea is that of GuidedQuant (Kim et al. 2025, arXiv 2505.07004), used to allocate.
+D comes from GPTQ and coordinate descent, as in the flow, with this very H. Where rows make good
+each other's errors (`solvers.feedback`), KL is multiplied by what that is expected to leave: most
+of it for most matrices, a fraction for queries and keys. Layers are summed as if they did not
+interact; a solver that takes quantized inputs into account loses `MATCHED` of that. The idea is
+that of GuidedQuant (Kim et al. 2025, arXiv 2505.07004), used to allocate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -35,16 +37,18 @@ from llmq.blocks import (
     shared_input_groups,
 )
 from llmq.errors import NonFiniteError, SchemeError
-from llmq.moments import capped
+from llmq.moments import capped, weight_roots
 from llmq.scheme import BITS, QuantScheme
 from llmq.solvers.descent import Polished, row_errors
+from llmq.solvers.feedback import Feedback, share_left
 from llmq.solvers.gptq import GPTQ
 
 WIDTHS = BITS
 PROBE = 32  # tokens with which it is observed which linears read one tensor
-# What the KL of layers fitted to the full-precision stream, with feedback between rows, is of that
-# of layers solved one by one; see the predictions in benchmarks/results/quality.json.
-MATCHED = 0.6
+# What the KL of layers fitted to the full-precision stream is of that of layers solved one by one;
+# see the predictions in benchmarks/results/quality.json.
+MATCHED = 0.8
+WORTH = 0.95  # of the loss with one width for all: what widths of their own must get below
 # The ladder's solver, without what takes long and changes the order of layers little.
 SOLVER = Polished(GPTQ(), sweeps=2)
 CLIP = 50.0  # a token weighs at most so many times the mean of its batch
@@ -66,11 +70,17 @@ class Sensitivity:
 
 
 def sensitivities(
-    model: nn.Module, batches: Sequence[Tensor], group_size: int, symmetric: bool, seed: int = 0
+    model: nn.Module,
+    batches: Sequence[Tensor],
+    group_size: int,
+    symmetric: bool,
+    seed: int = 0,
+    feedback: Feedback | None = None,
 ) -> list[Sensitivity]:
     """Measure every group of linears of the decoder blocks.
 
-    Needs the whole model, and a float32 matrix (K, K) for each of its linears.
+    Needs the whole model, and a float32 matrix (K, K) for each of its linears; with feedback also
+    one (N, N) for each of those whose outputs are no more than the hidden states are wide.
 
     Args:
         model: a causal language model in float32 or bfloat16; not changed, but for its parameters
@@ -78,6 +88,7 @@ def sensitivities(
         batches: token ids, int64 (B, T) each; activations of one are kept for a backward pass.
         group_size, symmetric: of the number formats to try, at every number of `WIDTHS`.
         seed: of the labels that are drawn.
+        feedback: between the rows of matrices, with which they will be solved.
 
     Raises:
         NonFiniteError: an activation or a gradient is NaN or infinite.
@@ -90,16 +101,20 @@ def sensitivities(
         for i, view in enumerate(views)
         for name, linear in linears(view).items()
     }
-    groups = [
-        [f"{prefix}.{i}.{name}" for name in group]
-        for i, group in _groups(model, blocks, views, batches[0][:1, :PROBE])
-    ]
+    hidden, found_groups = _groups(model, blocks, views, batches[0][:1, :PROBE])
+    groups = [[f"{prefix}.{i}.{name}" for name in group] for i, group in found_groups]
+    sizes = {name: linear.get_parameter("weight").shape for name, linear in modules.items()}
+    narrow = {n for n, size in sizes.items() if feedback and len(size) == 2 and size[0] <= hidden}
     with replaced(blocks, views):
-        moments = _weighted_moments(model, modules, batches, seed)
+        moments, outputs = _moments(model, modules, batches, seed, narrow)
+    left = {name: share_left(G, feedback) for name, G in outputs.items() if feedback}
     found = []
     for names in groups:
         weights = {name: modules[name].get_parameter("weight").data for name in names}
-        parts = [_predict(W, moments[n], group_size, symmetric) for n, W in weights.items()]
+        parts = [
+            _predict(W, moments[n] * left.get(n, 1.0), group_size, symmetric)
+            for n, W in weights.items()
+        ]
         kl = {bits: sum(part[bits] for part in parts) for bits in WIDTHS}
         found.append(Sensitivity(tuple(names), sum(W.numel() for W in weights.values()), kl))
     return found
@@ -109,6 +124,8 @@ def allocation(
     units: Sequence[Sensitivity], bits: float, widths: Sequence[int] = WIDTHS
 ) -> dict[str, int]:
     """One of `widths` for every matrix: least predicted KL at an average of at most `bits`.
+
+    Where one width for all is predicted to lose hardly more, it is that: engines run it faster.
 
     Raises:
         SchemeError: `bits` is below the smallest width, or a width was not measured.
@@ -122,6 +139,10 @@ def allocation(
     }
     total = sum(unit.weights for unit in units)
     chosen = allocate(choices, int(total * bits))
+    if bits in widths:
+        lost = sum(unit.kl[chosen[unit.names[0]]] for unit in units)
+        if lost > WORTH * sum(unit.kl[int(bits)] for unit in units):
+            chosen = dict.fromkeys(chosen, int(bits))
     return {name: chosen[unit.names[0]] for unit in units for name in unit.names}
 
 
@@ -139,29 +160,43 @@ def predicted(units: Sequence[Sensitivity], bits: dict[str, int], matched: bool)
 @torch.no_grad()
 def _groups(
     model: nn.Module, blocks: nn.ModuleList, views: Sequence[nn.Module], ids: Tensor
-) -> Iterator[tuple[int, list[str]]]:
-    """Per block, the linears that read one tensor."""
+) -> tuple[int, list[tuple[int, list[str]]]]:
+    """How wide hidden states are; and per block, the linears that read one tensor."""
     recording = record_calls(model, blocks, [ids])
-    hidden = recording.hidden[0]
+    hidden, found = recording.hidden[0], []
     for i, view in enumerate(views):
         call = recording.calls[i][0]
-        for group in shared_input_groups(view, hidden, call):
-            yield i, group
+        found += [(i, group) for group in shared_input_groups(view, hidden, call)]
         hidden = run_block(view, hidden, call)
+    return hidden.shape[-1], found
 
 
-def _weighted_moments(
-    model: nn.Module, modules: dict[str, nn.Module], batches: Sequence[Tensor], seed: int
-) -> dict[str, Tensor]:
-    """Per matrix, the mean over tokens of w x x^T, float32 (K, K); experts of a stack pooled."""
+def _moments(
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    batches: Sequence[Tensor],
+    seed: int,
+    narrow: set[str],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Per matrix, the mean over tokens of w x x^T, float32 (K, K); experts of a stack pooled.
+
+    Returns:
+        also, for those in `narrow`, the sum of g g^T, g the gradient by the outputs, (N, N).
+    """
     moments: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
 
     def note(name: str, x: Tensor, gradient: Tensor) -> None:
-        rows = x.detach().flatten(0, -2).float()
-        weights = capped(gradient.flatten(0, -2).float().square().mean(1), CLIP)
+        rows, slopes = (t.detach().flatten(0, -2).float() for t in (x, gradient))
+        weights = capped(slopes.square().mean(1), CLIP)
         if name not in moments:
             moments[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
         moments[name].addmm_((rows * weights.unsqueeze(1)).T, rows)
+        if name in narrow:
+            slopes = slopes * weight_roots(slopes, CLIP)  # never in place: others read them too
+            if name not in outputs:
+                outputs[name] = slopes.new_zeros(slopes.shape[1], slopes.shape[1])
+            outputs[name].addmm_(slopes.T, slopes)
 
     def watch(name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -186,7 +221,7 @@ def _weighted_moments(
     for name, moment in moments.items():
         if not bool(moment.isfinite().all()):
             raise NonFiniteError(f"{name}: an activation or a gradient is NaN or infinite.")
-    return {name: moment / tokens for name, moment in moments.items()}
+    return {name: moment / tokens for name, moment in moments.items()}, outputs
 
 
 def _predict(W: Tensor, H: Tensor, group_size: int, symmetric: bool) -> dict[int, float]:

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from llmq import plan as planning
 from llmq.hf.outline import outline
 from llmq.inputs import SEQ_LEN, read_calibration, window_length, windows_for
-from llmq.ladder import chosen, in_scheme, with_plain_rows
+from llmq.ladder import DEFAULT, QUALITIES, chosen, in_scheme, with_plain_rows
 from llmq.mixing import common_format, is_mixed, scan
 from llmq.outlook import job
 from llmq.plan import Plan, Problem
-from llmq.recipe import Recipe
 from llmq.scheme import QuantScheme
 from llmq.sensitivity import Sensitivity
 from llmq.source import open_original, open_tokenizer, pick_device, source_headers
@@ -105,7 +104,8 @@ def sensitivity(
 ) -> list[Sensitivity]:
     """What rounding each layer to 2, 3, 4, 5, 6 or 8 bits is predicted to cost the whole model.
 
-    One backward pass over 32 windows at most, with the whole model on `device`.
+    With the default quality. One backward pass over 32 windows at most, with the whole model on
+    `device`.
 
     Args:
         src: folder or Hub name of a full-precision causal language model.
@@ -118,7 +118,8 @@ def sensitivity(
     Raises:
         LlmqError: see `llmq.errors`.
     """
-    recipe = Recipe(QuantScheme(4, group_size, symmetric), skip=tuple(skip))
+    scheme = QuantScheme(4, group_size, symmetric)
+    recipe = dataclasses.replace(QUALITIES[DEFAULT], scheme=scheme, skip=tuple(skip))
     name, config = open_original(src)
     text = read_calibration(
         calibration,

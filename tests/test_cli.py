@@ -100,7 +100,8 @@ def test_an_average_of_bits(run, model, text, tmp_path) -> None:
     )
     assert status == 0, stderr
     found = json.loads(stdout.splitlines()[-1])
-    assert found["predicted_kl"] == pytest.approx(MATCHED * report["predicted_kl"])  # of balanced
+    least, most = (share * MATCHED * report["predicted_kl"] for share in (0.5, 1.0))
+    assert least < found["predicted_kl"] < most  # of balanced, whose rows have feedback
     assert "Most lost per weight" in stderr
     rest = ["--target-size", "310KB", *options]
     assert run("quantize", model, tmp_path / "sized", *rest)[0] == 0
