@@ -47,7 +47,7 @@ WIDTHS = BITS
 PROBE = 32  # tokens with which it is observed which linears read one tensor
 # What the KL of layers fitted to the full-precision stream is of that of layers solved one by one;
 # see the predictions in benchmarks/results/quality.json.
-MATCHED = 0.8
+MATCHED = 0.9
 WORTH = 0.95  # of the loss with one width for all: what widths of their own must get below
 # The ladder's solver, without what takes long and changes the order of layers little.
 SOLVER = Polished(GPTQ(), sweeps=2)

@@ -17,7 +17,7 @@ from llmq.errors import NonFiniteError, SchemeError
 from llmq.mixing import parse_size
 from llmq.quantize import Recipe, quantize
 from llmq.scheme import QuantScheme
-from llmq.sensitivity import WIDTHS, allocation, predicted, sensitivities
+from llmq.sensitivity import WIDTHS, Sensitivity, allocation, predicted, sensitivities
 from llmq.solvers.descent import Polished
 
 CHOICES = st.dictionaries(
@@ -121,6 +121,19 @@ def test_an_overflow_is_an_error():
     model.model.layers[1].mlp.up_proj.weight.data.fill_(1e38)
     with pytest.raises(NonFiniteError, match="NaN or infinite"):
         sensitivities(model, batches(model, 1), 32, True)
+
+
+def test_one_width_for_all_where_several_gain_next_to_nothing():
+    def units(ratio: float) -> list[Sensitivity]:
+        losses = {bits: 4.0**-bits for bits in WIDTHS}
+        scales = {"a": 1.0, "b": ratio}
+        return [
+            Sensitivity((n,), 64, {b: k * x for b, x in losses.items()}) for n, k in scales.items()
+        ]
+
+    assert allocation(units(4.2), 4) == {"a": 4, "b": 4}  # with 3 and 5 bits 5.05 instead of 5.2
+    assert allocation(units(40.0), 4) == {"a": 3, "b": 5}
+    assert allocation(units(4.2), 4.5) == {"a": 4, "b": 5}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmq.scheme import QuantizedWeight, QuantScheme
 from llmq.solvers.descent import Polished
-from llmq.solvers.feedback import Feedback, _Rows, solve_rows
+from llmq.solvers.feedback import Feedback, _Rows, share_left, solve_rows
 from llmq.solvers.gptq import GPTQ
 from llmq.solvers.rtn import RTN
 
@@ -136,3 +136,23 @@ def test_the_factor_of_h_is_made_once(monkeypatch):
     W, G, H = torch.randn(64, 32, generator=g), moment(64, g), moment(32, g)
     solve_rows(Polished(), [W], [G], H, SCHEME, Feedback(8))
     assert len(made) == 1
+
+
+@pytest.mark.parametrize("parts", [2, 8, 64])
+def test_what_feedback_leaves_is_foreseen(parts):
+    """Against rounding in earnest, on fine grids that no weight leaves."""
+    g = torch.Generator().manual_seed(parts)
+    W, G, H = torch.randn(64, 256, generator=g), moment(64, g), torch.eye(256)
+    how, scheme = Feedback(parts, rounds=0), QuantScheme(6, 32)
+    with_it, without = (
+        felt(W, solve_rows(GPTQ(), [W], [moments], H, scheme, how)[0], G, H)
+        for moments in (G, None)
+    )
+    assert share_left(G, how) == pytest.approx(with_it / without, rel=0.12)
+
+
+def test_rows_that_do_not_interact_leave_all_and_equal_ones_little():
+    how = Feedback(parts=8, damp=1e-3)
+    assert share_left(torch.diag(torch.rand(24) + 0.1), how) == pytest.approx(1)
+    assert share_left(torch.ones(24, 24) + 1e-3 * torch.eye(24), how) < 0.2
+    assert share_left(torch.zeros(24, 24), how) == pytest.approx(1)  # nothing is felt
