@@ -159,6 +159,7 @@ def sensitivity(
     )
     widths = allocation(units, bits)
     kl = predicted(units, widths, matched=True)
+    several = bits % 1 == 0 and len(set(widths.values())) > 1
     console.print(sensitivity_table(units, widths))
     gain = sorted(units, key=lambda unit: -unit.kl[4] / unit.weights)[:3]
     console.print(
@@ -166,7 +167,7 @@ def sensitivity(
         "this; on other text it may be twice that. Measure the result with llmq eval.\n"
         "Most lost per weight at 4 bits (keep these higher): "
         f"{'; '.join(', '.join(unit.names) for unit in gain)}.\n"
-        f"Next: llmq quantize {src} OUT --bits {bits:g}{'' if bits % 1 else ' --mixed'}",
+        f"Next: llmq quantize {src} OUT --bits {bits:g}{' --mixed' if several else ''}",
         highlight=False,
         soft_wrap=True,
     )
