@@ -254,9 +254,8 @@ def _scanning(shape: Shape, job: Job) -> Phase:
     model = shape.blocks * shape.block_bytes + shape.rest_bytes
     device = {"model": model, "second moments": moments, "activations": kept, "logits": logits}
     if job.felt:
-        device["output moments"] = (
-            sum(4 * g.felt(shape.hidden) for g in shape.groups) * shape.blocks
-        )
+        felt = sum(g.felt(shape.hidden) for g in shape.groups)
+        device["output moments"] = 4 * felt * shape.blocks
     return Phase("scanning", device)
 
 

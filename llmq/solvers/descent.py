@@ -27,7 +27,6 @@ from llmq.solvers import Rounding, Solver, over
 from llmq.solvers.gptq import GPTQ, alive
 
 PANEL = 128  # columns between two updates of everything else in a wider group
-SHARE = 1  # of a row's codes in a group, one in so many moves at a visit, at most
 MOST = 4.0  # a scale changes at most by this factor in one step
 
 
