@@ -10,13 +10,15 @@ applied to copies: `shared_copy` has the block's own tensors, `run_copy` is for 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmq.nn import is_stacked_experts, without_parameters
+from llmq.nn import is_stacked_experts, packed_modules, without_parameters
 
 
 class RoutedLinear(nn.Module):
@@ -110,15 +112,15 @@ def shared_copy(block: nn.Module) -> nn.Module:
     return copy.deepcopy(block, {id(t): t for t in tensors})
 
 
-def run_copy(block: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A copy of a block on `device`, float16 parameters in `dtype`.
+def run_copy(block: nn.Module, device: torch.device) -> nn.Module:
+    """A copy of a block on `device`, parameters in the dtype in which they run there.
 
     The CPU does not wait for what a GPU takes from pinned memory.
     """
 
     def moved(tensor: Tensor) -> Tensor:
         learned = isinstance(tensor, nn.Parameter)
-        wanted = dtype if learned and tensor.dtype == torch.float16 else tensor.dtype
+        wanted = run_dtype(tensor.dtype, device) if learned else tensor.dtype
         later = device.type == "cuda"
         data = tensor.detach().to(device, wanted, non_blocking=later, copy=True)
         return nn.Parameter(data, tensor.requires_grad) if learned else data
@@ -128,5 +130,61 @@ def run_copy(block: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.M
 
 
 def run_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """float16 is several times slower than bfloat16 on CPUs; calibration does not need it."""
-    return torch.bfloat16 if dtype == torch.float16 and device.type == "cpu" else dtype
+    """The dtype in which a model that is stored in `dtype` runs on a device where speed counts.
+
+    On CPUs float16 becomes bfloat16, which is several times faster. Without instructions for that
+    (AVX2 has none) torch multiplies either at a hundredth of float32's speed: both become float32.
+    """
+    if device.type != "cpu" or dtype not in (torch.float16, torch.bfloat16):
+        return dtype
+    return torch.bfloat16 if _cpu_multiplies(torch.bfloat16) else torch.float32
+
+
+def _cpu_multiplies(dtype: torch.dtype) -> bool:
+    """Whether this CPU has instructions for float16 or bfloat16, and torch makes use of them."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def widened(model: nn.Module) -> nn.Module:
+    """`model`, its dense parameters on the CPU in float32 where their own dtype is slow there.
+
+    Nothing is rounded, and packed matrices stay what they are.
+    """
+    for parameter in _dense(model):
+        data = parameter.data
+        half = data.is_cpu and data.dtype in (torch.float16, torch.bfloat16)
+        if half and not _cpu_multiplies(data.dtype):
+            parameter.data = data.float()
+    return model
+
+
+def _dense(model: nn.Module) -> list[nn.Parameter]:
+    """All parameters that belong to no packed module."""
+    packed = {id(p) for _, module in packed_modules(model) for p in module.parameters()}
+    return [p for p in model.parameters() if id(p) not in packed]
+
+
+@contextmanager
+def running(
+    model: nn.Module, device: torch.device, blocks: nn.ModuleList | None = None
+) -> Iterator[None]:
+    """A model on a device, in the dtypes in which it runs there, for the length of a `with`.
+
+    Its `blocks` stay as they are, and so does what is on meta; packed matrices keep their dtypes.
+    """
+    inside = {id(t) for t in chain(blocks.parameters(), blocks.buffers())} if blocks else set()
+    every = (t for t in chain(model.parameters(), model.buffers()) if id(t) not in inside)
+    kept = [(t, t.data) for t in every if not t.is_meta]
+    dense = {id(p) for p in _dense(model)}
+    try:
+        for tensor, data in kept:
+            dtype = run_dtype(data.dtype, device) if id(tensor) in dense else data.dtype
+            tensor.data = data.to(device, dtype)
+        yield
+    finally:
+        for tensor, data in kept:
+            tensor.data = data

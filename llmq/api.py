@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from llmq import hf, ranks
+from llmq.adapters import widened
 from llmq.errors import SchemeError
 from llmq.hf.saving import original_folder
 from llmq.hf.streaming import StoredModel
@@ -211,7 +212,7 @@ def correct(
     text = read_calibration(
         calibration, open_tokenizer(name), open_config(name), samples=samples, seq_len=seq_len
     )
-    full, packed = open_model(check_path(original), where), open_model(name, where)
+    full, packed = (widened(open_model(n, where)) for n in (check_path(original), name))
     return correction.correct(
         full, packed, text.windows, Path(out), rank=rank, base_model=public_name(name)
     )

@@ -99,9 +99,8 @@ class BlockJob:
         view = as_linears(shared_copy(self.block))  # the block's own tensors
         hidden, *more = (effort.states(stream) for stream in self.streams)
         calls = effort.calls(self.calls, self.streams[0])
-        dtype = hidden[0].dtype
-        work = run_copy(view, effort.device, dtype)  # what runs, and takes on quantized weights
-        probe = (hidden[0][:1, :PROBE], self.probe.to(effort.device, dtype))
+        work = run_copy(view, effort.device)  # what runs, and takes on quantized weights
+        probe = (hidden[0][:1, :PROBE], self.probe.to(effort.device, hidden[0].dtype))
         schemes = {n: s for n in linears(view) if (s := recipe.scheme_for(f"{name}.{n}"))}
         if recipe.awq and not self.smoothed:
             recipe.awq.smooth(view, work, schemes, hidden, calls, probe)
@@ -130,7 +129,7 @@ class BlockJob:
         if recipe.block and twin:
             wanted = [run_block(twin.block, x, c) for x, c in zip(more[0], calls, strict=True)]
             solved = tune_block(view, solution.solved, hidden, calls, wanted, recipe.block)
-            solution.solved, solution.runs[0] = solved, _with(view, solved, effort, dtype)
+            solution.solved, solution.runs[0] = solved, _with(view, solved, effort)
         return solution
 
 
@@ -223,11 +222,9 @@ def _solve_pieces(
     return found
 
 
-def _with(
-    view: nn.Module, solved: dict[str, list[QuantizedWeight]], effort: Effort, dtype: torch.dtype
-) -> nn.Module:
+def _with(view: nn.Module, solved: dict[str, list[QuantizedWeight]], effort: Effort) -> nn.Module:
     """A copy of a block to run, with quantized weights."""
-    work = run_copy(view, effort.device, dtype)
+    work = run_copy(view, effort.device)
     for name, results in solved.items():
         for e, q in enumerate(results):
             _matrix(work, name, e).copy_(q.dequantize())

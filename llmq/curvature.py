@@ -13,16 +13,14 @@ time: what enters every block is put aside on the way, and taken from there on t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
 from llmq import ranks
-from llmq.adapters import RoutedLinear, as_linears, run_copy, run_dtype, shared_copy
+from llmq.adapters import RoutedLinear, as_linears, run_copy, run_dtype, running, shared_copy
 from llmq.blocks import (
     decoder_blocks,
     drawn_loss,
@@ -130,7 +128,7 @@ def prepare(
         states = retries.run(f"{prefix}.{i}", step)
         passed(i + 1)
     gradients = []
-    with store.outer(), _moved(model, blocks, where, dtype):
+    with store.outer(), running(model, where, blocks):
         for w, x in zip(chosen, states, strict=True):
             ids = batches[w.batch][w.row : w.row + 1]
             tied = recording.returns_tuple
@@ -168,9 +166,8 @@ def _narrow(view: nn.Module, prefix: str, width: int, recipe: Recipe) -> dict[st
     }
 
 
-def _run(block: nn.Module, effort: Effort, states: Sequence[Tensor]) -> nn.Module:
-    dtype = run_dtype(states[0].dtype, effort.device)
-    return run_copy(as_linears(shared_copy(block)), effort.device, dtype).requires_grad_(False)
+def _run(block: nn.Module, effort: Effort) -> nn.Module:
+    return run_copy(as_linears(shared_copy(block)), effort.device).requires_grad_(False)
 
 
 @torch.no_grad()
@@ -178,7 +175,7 @@ def _forwards(
     block: nn.Module, states: Sequence[Tensor], calls: Sequence[Call], effort: Effort
 ) -> list[Tensor]:
     """What leaves a block, one window after the other."""
-    run, dtype = _run(block, effort, states), run_dtype(states[0].dtype, effort.device)
+    run, dtype = _run(block, effort), run_dtype(states[0].dtype, effort.device)
     return [
         run_block(run, x.to(effort.device, dtype), call.to(effort.device, dtype)).to(x.device)
         for x, call in zip(states, calls, strict=True)
@@ -194,7 +191,7 @@ def _backwards(
     effort: Effort,
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """The output moments of a block, and the gradients of the loss by what enters it."""
-    run, dtype = _run(block, effort, states), run_dtype(states[0].dtype, effort.device)
+    run, dtype = _run(block, effort), run_dtype(states[0].dtype, effort.device)
     chosen = narrow(run)
     seen: dict[str, Tensor] = {}
 
@@ -246,21 +243,3 @@ def _of_loss(
             loss = drawn_loss(logits, generator)
         found += torch.autograd.grad(loss, own)
     return torch.cat(found, 1)
-
-
-@contextmanager
-def _moved(
-    model: nn.Module, blocks: nn.ModuleList, device: torch.device, dtype: torch.dtype
-) -> Iterator[None]:
-    """All of a model but its blocks, on a device and in a dtype for the length of a `with`."""
-    inside = {id(t) for t in chain(blocks.parameters(), blocks.buffers())}
-    every = (t for t in chain(model.parameters(), model.buffers()) if id(t) not in inside)
-    kept = [(t, t.data) for t in every if not t.is_meta]
-    try:
-        for tensor, data in kept:
-            learned = isinstance(tensor, nn.Parameter) and data.is_floating_point()
-            tensor.data = data.to(device, dtype if learned else data.dtype)
-        yield
-    finally:
-        for tensor, data in kept:
-            tensor.data = data

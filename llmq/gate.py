@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmq.adapters import as_linears, run_copy, run_dtype, shared_copy
+from llmq.adapters import as_linears, run_copy, run_dtype, running, shared_copy
 from llmq.blocks import logits_behind, record_calls, run_block
 from llmq.errors import IntegrityError
 from llmq.hf.streaming import StoredModel
@@ -119,7 +119,7 @@ class Gate:
     ) -> Tensor:
         """`states` behind a copy of `block` whose matrices are replaced, or rounded."""
         dtype = run_dtype(states.dtype, self._where)
-        work = run_copy(as_linears(shared_copy(block)), self._where, dtype)
+        work = run_copy(as_linears(shared_copy(block)), self._where)
         for name, results in weights.items():
             weight = work.get_parameter(f"{name}.weight").data
             matrices = weight if weight.ndim == 3 else weight.unsqueeze(0)
@@ -133,7 +133,8 @@ class Gate:
 
     def _logits(self, states: Tensor) -> Tensor:
         source = self._source
-        with source.outer(), torch.no_grad():
+        cpu = torch.device("cpu")
+        with source.outer(), running(source.model, cpu, source.blocks), torch.no_grad():
             tied = self._recording.returns_tuple
             return logits_behind(source.model, source.blocks, self._tokens, states, tied)
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from llmq import demo
+from llmq.adapters import widened
 from llmq.errors import FormatError, SourceError
 from llmq.evaluate import Evaluation, evaluate as measured
 from llmq.harness import check_installed, run_tasks
@@ -120,7 +121,7 @@ def evaluate_tasks(
     name, where = check_path(model), pick_device(device)
     check_installed()
     full = None if reference is None else _opened(reference, where)
-    loaded = open_model(name, where)
+    loaded = _opened(name, where)
     return run_tasks(loaded, open_tokenizer(name), tasks, reference=full, limit=limit)
 
 
@@ -133,7 +134,9 @@ def _check_record(name: str | None, adapter: str | os.PathLike[str] | None) -> N
 
 def _opened(model: str | os.PathLike[str] | nn.Module, device: str) -> nn.Module:
     """A model object as it is, any other from its folder or the Hub."""
-    return model if isinstance(model, nn.Module) else open_model(check_path(model), device)
+    if isinstance(model, nn.Module):
+        return model
+    return widened(open_model(check_path(model), device))
 
 
 def _with_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:

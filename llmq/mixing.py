@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llmq import plan
+from llmq.adapters import run_dtype
 from llmq.errors import SchemeError
 from llmq.number_formats import number_format
 from llmq.recipe import Recipe, input_widths, quantizable
@@ -137,8 +138,8 @@ def scan(name: str, windows: Tensor, recipe: Recipe, device: str, seed: int) -> 
     model = open_model(name, device)
     check_groups(input_widths(quantizable(model)), recipe.scheme_for)
     for parameter in model.parameters():  # float16 has no room for gradients
-        if parameter.dtype == torch.float16:
-            parameter.data = parameter.data.to(torch.bfloat16)
+        wide = torch.bfloat16 if parameter.dtype == torch.float16 else parameter.dtype
+        parameter.data = parameter.data.to(run_dtype(wide, parameter.device))
     used = windows[:: max(1, len(windows) // WINDOWS)][:WINDOWS].to(device)
     batches = used.split(max(1, BATCH_TOKENS // used.shape[1]))
     scheme = recipe.scheme

@@ -45,20 +45,21 @@ def aside(shape: Shape, job: Job) -> int:
     """Bytes of files that `curvature` puts aside: states on the way there, moments on that back."""
     if not job.felt:
         return 0
-    return shape.blocks * max(job.felt * shape.hidden * shape.itemsize, _felt(shape))
+    return shape.blocks * max(job.felt * shape.hidden * shape.running, _felt(shape))
 
 
 def _going_back(shape: Shape, job: Job) -> Iterator[Phase]:
     """Some windows go through the model and back, one at a time; in between there are logits."""
-    streams = {"states and gradients": 3 * job.felt * shape.hidden * shape.itemsize}
+    streams = {"states and gradients": 3 * job.felt * shape.hidden * shape.running}
     inside = sum(g.active * (2 * g.rows + g.columns) for g in shape.groups) + 6 * shape.hidden
-    pairs = shape.heads * job.window**2 * (shape.itemsize + 4) if shape.eager else 0
-    logits = (4 * 4 + 2 * shape.itemsize) * min(DRAWN, job.window * shape.vocabulary)
+    pairs = shape.heads * job.window**2 * (shape.running + 4) if shape.eager else 0
+    logits = (4 * 4 + 2 * shape.running) * min(DRAWN, job.window * shape.vocabulary)
     outside = {"embeddings and output layer": shape.rest_bytes}
-    yield Phase("drawing labels", {**streams, "logits": logits}, {}, outside)
+    copied = 0 if shape.running == shape.itemsize else shape.run(shape.rest_bytes)
+    yield Phase("drawing labels", {**streams, "logits": logits, "copies": copied}, {}, outside)
     back = {
-        "a copy of the block": shape.block_bytes,
-        "activations": 2 * job.window * shape.itemsize * inside + 2 * pairs,
+        "a copy of the block": shape.run(shape.block_bytes),
+        "activations": 2 * job.window * shape.running * inside + 2 * pairs,
         "output moments": 2 * _felt(shape),
     }
     yield Phase("going back", {**streams, **back}, {}, {"source of the block": shape.block_bytes})
@@ -78,7 +79,7 @@ def _on_blocks(shape: Shape, job: Job) -> list[Phase]:
 
 def states(shape: Shape, job: Job) -> int:
     """Bytes of the hidden states of one stream."""
-    return job.tokens * shape.hidden * shape.itemsize
+    return job.tokens * shape.hidden * shape.running
 
 
 def _carried(shape: Shape, job: Job) -> dict[str, int]:
@@ -95,14 +96,15 @@ def _block(shape: Shape, job: Job) -> dict[str, int]:
     """
     copies = 2 if job.match else 1
     kept = 0 if job.lean else (3 if job.match else 1) * states(shape, job)
-    return {"copies of the block": copies * shape.block_bytes, "outputs of its parts": kept}
+    block = copies * shape.run(shape.block_bytes)
+    return {"copies of the block": block, "outputs of its parts": kept}
 
 
 def _running(shape: Shape, job: Job) -> int:
     """What a batch takes inside of a block: the widest tensors of its MLP, and attention."""
     widest = max(g.active * (2 * g.rows + g.columns) for g in shape.groups)
-    inside = job.batch * shape.itemsize * (widest + 4 * shape.hidden)
-    pairs = shape.heads * job.batch * job.window * (shape.itemsize + 4) if shape.eager else 0
+    inside = job.batch * shape.running * (widest + 4 * shape.hidden)
+    pairs = shape.heads * job.batch * job.window * (shape.running + 4) if shape.eager else 0
     return inside + pairs
 
 
@@ -188,7 +190,7 @@ def _smoothing(shape: Shape, job: Job) -> Iterator[Phase]:
     }
     yield Phase("proving pairs", {**fixed, **exact}, {}, source)
     trials = {
-        "a trial copy": shape.block_bytes,
+        "a trial copy": shape.run(shape.block_bytes),
         "second moments": sum(4 * g.columns**2 for g in shape.groups),
         "a matrix": 19 * widest,
         "a batch": _running(shape, job),
@@ -203,7 +205,7 @@ def _judging(shape: Shape, job: Job) -> Phase:
     device = {
         **_carried(shape, job),
         "codes": codes,
-        "copies of the block": shape.block_bytes,
+        "copies of the block": shape.run(shape.block_bytes),
         "a rounded matrix": largest,
     }
     return Phase("judging", device, {}, {"source of the block": 2 * shape.block_bytes})

@@ -116,8 +116,8 @@ def _felt(recipe: Recipe, windows: int, window: int, processes: int) -> int:
     return -(-windows // every) * window
 
 
-def shape(model: Any, recipe: Recipe) -> Shape:
-    """What of a model of transformers (on meta) matters for memory and time."""
+def shape(model: Any, recipe: Recipe, device: str = "cpu") -> Shape:
+    """What of a model of transformers (on meta) matters for memory and time on a device."""
     prefix, blocks = decoder_blocks(model)
     sizes = [sum(p.nbytes for p in block.parameters()) for block in blocks]
     number = sizes.index(max(sizes))
@@ -131,6 +131,7 @@ def shape(model: Any, recipe: Recipe) -> Shape:
         hidden=config.hidden_size,
         vocabulary=config.vocab_size,
         itemsize=model.dtype.itemsize,
+        running=run_dtype(model.dtype, torch.device(device)).itemsize,
         heads=config.num_attention_heads,
         eager=config._attn_implementation == "eager",
     )

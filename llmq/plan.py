@@ -248,7 +248,7 @@ def make(
     problems = group_problems(shapes, recipe)
     problems += [p for n in ranks for p in parallel_problems(model, shapes, recipe, n)]
     serving = tuple(engines(model, shapes, recipe))
-    known = shape_of(model, recipe) if job else None
+    known = shape_of(model, recipe, device) if job else None
     # A stack of experts is a parameter itself; a tied output layer shares one.
     tensors = dict(model.named_parameters(remove_duplicate=False))
     counts = {n: (tensors[n] if n in tensors else tensors[f"{n}.weight"]).numel() for n in shapes}

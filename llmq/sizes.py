@@ -59,7 +59,8 @@ class Shape:
         groups: of the largest block, in the order in which they are solved.
         hidden: width of the hidden states.
         vocabulary: width of the logits.
-        itemsize: bytes of a weight, and of a number of a hidden state.
+        itemsize: bytes of a weight.
+        running: bytes of one in the dtype in which blocks run, and of a number of a hidden state.
         heads: of attention.
         eager: whether attention holds the probabilities of all pairs of tokens.
     """
@@ -71,8 +72,13 @@ class Shape:
     hidden: int
     vocabulary: int
     itemsize: int
+    running: int
     heads: int
     eager: bool
+
+    def run(self, size: int) -> int:
+        """Bytes of a copy that runs, of weights of so many."""
+        return size * self.running // self.itemsize
 
 
 @dataclass(frozen=True)

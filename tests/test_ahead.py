@@ -14,7 +14,7 @@ from torch import nn
 from zoo import save_tiny, tiny_text
 
 from llmq import api, pipeline
-from llmq.adapters import run_copy
+from llmq.adapters import run_copy, run_dtype
 from llmq.ahead import Ahead, read_ahead
 from llmq.blocks import replaced
 from llmq.errors import SourceError
@@ -162,14 +162,14 @@ def test_a_folder_that_goes_away(tmp_path: Path) -> None:
 def test_a_copy_to_run_is_of_its_own() -> None:
     block = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).half()
     block[0].weight = nn.Parameter(torch.randn(4, 3).T.half())  # a view, as of a Conv1D
-    copy = run_copy(block, torch.device("cpu"), torch.bfloat16)
+    copy = run_copy(block, torch.device("cpu"))
     for (name, a), (_, b) in zip(
         block.state_dict().items(), copy.state_dict().items(), strict=True
     ):
         assert a.data_ptr() != b.data_ptr(), name
         assert a.stride() == b.stride(), name
         learned = name in dict(block.named_parameters())
-        assert b.dtype == (torch.bfloat16 if learned else a.dtype), name
+        assert b.dtype == (run_dtype(a.dtype, a.device) if learned else a.dtype), name
         assert torch.equal(b, a.to(b.dtype)), name
 
 

@@ -145,7 +145,7 @@ def test_shapes_of_blocks_and_of_experts() -> None:
 def test_memory_of_seventy_billion_weights() -> None:
     """One Hessian of the widest layer has 3.3 GB; GPTQ holds one more square of that size."""
     config, _ = big_llama()
-    shape = outlook.shape(outline(config, torch.bfloat16), Recipe())
+    shape = outlook.shape(outline(config, torch.bfloat16), Recipe(), "cuda")
     square = 4 * 28672**2
     gptq = job_of(METHODS["gptq"])
     solving = max(needs.memory(shape, gptq), key=lambda phase: phase.on_device)
