@@ -23,7 +23,7 @@ from llmq.hf.saving import original_folder
 from llmq.hf.streaming import StoredModel
 from llmq.inputs import read_calibration, windows_for
 from llmq.journal import Workplace, workplace
-from llmq.ladder import chosen, in_scheme, with_plain_rows
+from llmq.ladder import chosen, in_scheme, with_plain_rows, with_tuning
 from llmq.mixing import allocated, average_for_size, common_format, is_mixed, parse_size
 from llmq.origin import command, origin, public_name
 from llmq.pipeline import Run, begin, outcome, preflight, publish, solve
@@ -60,6 +60,7 @@ def quantize(
     seq_len: int | None = None,
     lm_head: bool = False,
     embeddings: int | None = None,
+    tune_scales: int | None = None,
     codebook: str | None = None,
     outliers: float = 0.0,
     k_quants: bool = False,
@@ -93,6 +94,9 @@ def quantize(
             own.
         embeddings: 8 = round the input embeddings to nearest, one byte per weight; None = they
             stay as they are. Engines other than transformers do not read them.
+        tune_scales: steps of tuning all scales together in the end, which holds the whole packed
+            model in memory (see `llmq.tuning`); 0 = none, None = as the quality has it: 240 with
+            best, 60 with balanced below 3 bits or at 3 on average.
         codebook: "nf4" or "learned" (a table per row) instead of integers, see `llmq.codebook`;
             only llmq loads the result.
         outliers: with a code book: share of every row's weights that is kept beside it.
@@ -145,6 +149,7 @@ def quantize(
         if target_size is not None:
             headers = source_headers(name)
             bits = average_for_size(parse_size(target_size), name, config, headers, recipe)
+        recipe = with_tuning(recipe, bits, mixed, tune_scales)
         source, kl = StoredModel(original_folder(name)), None
         recipe, line = with_plain_rows(recipe, source.model)
         if line and tell and ranks.number() == 0:
@@ -170,6 +175,7 @@ def quantize(
             "symmetric": scheme.symmetric,
             "lm_head": lm_head,
             "embeddings": embeddings,
+            "tune_scales": tune_scales,
             "codebook": codebook,
             "outliers": outliers,
             "k_quants": getattr(scheme, "kind", None),

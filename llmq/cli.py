@@ -34,6 +34,7 @@ from llmq.cli_common import (
     Seed,
     SeqLen,
     Skip,
+    TuneScales,
     finish,
     numbers,
     start,
@@ -96,6 +97,7 @@ def quantize(
         int | None,
         typer.Option(metavar="BITS", help="8: round the input embeddings too; not for vLLM."),
     ] = None,
+    tune_scales: TuneScales = None,
     codebook: Annotated[
         str | None,
         typer.Option(metavar="BOOK", help="nf4 or learned, instead of integers; only for llmq."),
@@ -153,6 +155,7 @@ def quantize(
         seq_len=seq_len,
         lm_head=lm_head,
         embeddings=embeddings,
+        tune_scales=tune_scales,
         codebook=codebook,
         outliers=outliers,
         k_quants=k_quants,

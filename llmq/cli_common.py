@@ -68,6 +68,12 @@ Skip = Annotated[
     list[str] | None,
     typer.Option(metavar="PATTERN", help="Layers to leave as they are; repeatable."),
 ]
+TuneScales = Annotated[
+    int | None,
+    typer.Option(
+        metavar="STEPS", help="Tune all scales together in the end. (default: by quality)"
+    ),
+]
 ActivationsOption = Annotated[
     Activations, typer.Option(help="Where the calibration's hidden states are kept.")
 ]

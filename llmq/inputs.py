@@ -141,7 +141,7 @@ def share(windows: Tensor, recipe: Recipe) -> Tensor:
     if processes > 1 and recipe.awq:
         raise SchemeError("AWQ looks at all hidden states: use one process, or another method.")
     if processes > 1 and (recipe.scales or recipe.block):
-        raise SchemeError("Tuning runs in one process: use one, or --quality balanced.")
+        raise SchemeError("Tuning runs in one process: use one, or --tune-scales 0.")
     if processes > 1 and len(windows) < processes * HELD_OUT:
         raise CalibrationError(
             f"samples={len(windows)}: {processes} processes need {processes * HELD_OUT} at least."

@@ -262,8 +262,8 @@ def _scanning(shape: Shape, job: Job) -> Phase:
 
 
 def tuning_piece(shape: Shape, job: Job) -> int:
-    """Tokens that go through the whole model at once while scales are tuned."""
-    return max(job.window, min(job.batch, LOGITS // shape.vocabulary))
+    """Tokens that go through the whole model and back at once while scales are tuned."""
+    return max(job.window, min(job.step, LOGITS // shape.vocabulary))
 
 
 def _tuning(shape: Shape, job: Job) -> Phase:
@@ -271,13 +271,14 @@ def _tuning(shape: Shape, job: Job) -> Phase:
     weights = sum(g.weights for g in shape.groups) * shape.blocks
     inside = sum(g.active * (2 * g.rows + g.columns) for g in shape.groups) + 6 * shape.hidden
     piece = tuning_piece(shape, job)
+    judged = max(job.window, min(job.batch, LOGITS // shape.vocabulary))
     device = {
         **_carried(shape, job),
         "packed weights and codes": 2 * weights,
         "scales and their moments": weights // 2,
         "embeddings and output layer": 3 * 4 * shape.rest_bytes // shape.itemsize,
         "activations": 4 * piece * inside * shape.blocks,
-        "logits": 8 * 4 * piece * shape.vocabulary,
+        "logits": 4 * max(8 * piece, 6 * judged) * shape.vocabulary,
         "a matrix": 4 * 4 * max(g.widest * g.columns for g in shape.groups),
     }
     return Phase("tuning scales", device)

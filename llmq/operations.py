@@ -141,10 +141,12 @@ def _solving(total: dict[str, float], g: Group, job: Job, parts: int = 1, again:
 
 
 def _tuning(total: dict[str, float], shape: Shape, job: Job) -> None:
-    """Forward, backward, both logits, and about eight looks at a sixth of the text."""
+    """Forward, backward, both logits, and looks at a sixth of the text."""
     weights = shape.blocks * sum(g.active * g.rows * g.columns for g in shape.groups)
-    tokens = job.tuning * job.batch
+    tokens = job.tuning * max(job.window, job.step)
     total["float32"] += tokens * (6 * weights + 8 * shape.vocabulary * shape.hidden)
-    total["float32"] += 8 / 6 * job.tokens * (2 * weights + 4 * shape.vocabulary * shape.hidden)
+    total["float32"] += (
+        job.looks / 6 * job.tokens * (2 * weights + 4 * shape.vocabulary * shape.hidden)
+    )
     total["elements"] += tokens / tuning_piece(shape, job) * 8 * weights
     total["elements"] += tokens * shape.vocabulary * 12

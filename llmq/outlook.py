@@ -79,6 +79,7 @@ def job(
     solver, feedback = recipe.solver, recipe.feedback or Feedback(parts=1, rounds=0)
     if isinstance(solver, OnSuperBlocks):  # which takes a little more
         solver = solver.plain
+    tuning = recipe.scales
     polished = isinstance(solver, Polished)
     inner = solver.start if polished else solver
     rounding = "grid" if isinstance(inner, RTN) and inner.search else "rtn"
@@ -99,7 +100,9 @@ def job(
         scan=scan,
         head=recipe.lm_head,
         embeddings=recipe.embeddings is not None,
-        tuning=recipe.scales.steps if recipe.scales else 0,
+        tuning=tuning.steps if tuning else 0,
+        step=tuning.tokens if tuning else 0,
+        looks=1 + -(-tuning.steps // tuning.every) if tuning else 0,
         ahead=device != "cpu",
         group=recipe.scheme.group_size,
         symmetric=recipe.scheme.symmetric,

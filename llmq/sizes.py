@@ -101,6 +101,8 @@ class Job:
         head: whether the output layer is quantized too.
         embeddings: whether the input embeddings are.
         tuning: steps of tuning all scales in the end.
+        step: tokens of one of them.
+        looks: at held-out text before, between and after them.
         ahead: whether the next block is read while one is worked on.
         group: weights that share a scale; -1 = a row.
         symmetric: whether there are no zero points.
@@ -122,6 +124,8 @@ class Job:
     head: bool = False
     embeddings: bool = False
     tuning: int = 0
+    step: int = 0
+    looks: int = 0
     ahead: bool = False
     group: int = 128
     symmetric: bool = True

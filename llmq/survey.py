@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from llmq import plan as planning
 from llmq.hf.outline import outline
 from llmq.inputs import SEQ_LEN, read_calibration, window_length, windows_for
-from llmq.ladder import DEFAULT, QUALITIES, chosen, in_scheme, with_plain_rows
+from llmq.ladder import DEFAULT, QUALITIES, chosen, in_scheme, with_plain_rows, with_tuning
 from llmq.mixing import common_format, is_mixed, scan
 from llmq.outlook import job
 from llmq.plan import Plan, Problem
@@ -32,6 +32,7 @@ def plan(
     seq_len: int | None = None,
     lm_head: bool = False,
     embeddings: int | None = None,
+    tune_scales: int | None = None,
     codebook: str | None = None,
     outliers: float = 0.0,
     k_quants: bool = False,
@@ -47,8 +48,8 @@ def plan(
     Args:
         src: folder or Hub name of a full-precision causal language model.
         quality, method, bits, mixed, group_size, symmetric, samples, seq_len, lm_head, embeddings,
-            codebook, outliers, k_quants, skip, activations, device: as for `quantize`. The size at
-            an average of bits is an estimate.
+            tune_scales, codebook, outliers, k_quants, skip, activations, device: as for `quantize`.
+            The size at an average of bits is an estimate.
         processes: that torchrun shall start; memory is that of each of them.
         tensor_parallel: numbers of GPUs that shall share the result.
         out: where it shall be written; its disk is asked for room.
@@ -61,6 +62,7 @@ def plan(
     recipe = dataclasses.replace(
         in_scheme(recipe, scheme), skip=tuple(skip), lm_head=lm_head, embeddings=embeddings
     )
+    recipe = with_tuning(recipe, bits, mixed, tune_scales)
     where = pick_device(device)
     name, config = open_original(src)
     average = float(bits) if is_mixed(bits, mixed) else None

@@ -42,6 +42,7 @@ class Tunable(nn.Module):
 
     Attributes:
         theta: float32 (N, K/G), logarithms of what the scales are multiplied by.
+        bits: of a code.
     """
 
     def __init__(self, layer: PackedLinear):
@@ -53,6 +54,7 @@ class Tunable(nn.Module):
         self.centred = (groups - q.zero.unsqueeze(-1)).flatten(1).to(narrow)
         self.start = q.scale.float()
         self.dtype, self.qmax, self.order = q.scale.dtype, q.scheme.qmax, q.order
+        self.bits = q.scheme.bits
         self.theta = torch.zeros_like(self.start).requires_grad_()
         self.bias = layer.bias
 

@@ -10,11 +10,14 @@ points are frozen, so the checkpoint keeps its layout; this is the end-to-end ph
 (Chen et al. 2024, arXiv:2407.11062, section 3.3) with KL instead of the language-model loss.
 
 Scales are s exp(theta), rounded to the dtype in which they are stored; the gradient passes straight
-through the rounding. Adam moves theta; every few steps held-out text judges the rounded scales, and
-the best ones that it saw win. The start is among them: the result is never worse there.
+through the rounding. Adam moves theta, the less the more bits a matrix has: what matters is how far
+weights move in steps of their grid. Many steps on little text gain more than few on much, and with
+little momentum: it takes as long to find its direction as there are steps. Now and then held-out
+text judges the rounded scales, and the best ones that it saw win. The start is among them: the
+result is never worse there.
 
 Memory: about a byte per packed weight, everything else in float32 (bfloat16 on a GPU), and the
-activations of one micro-batch in all layers. The whole model must fit on one device.
+activations of one step in all layers. The whole model must fit on one device.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from llmq.objective import is_held_out
 from llmq.progress import progress_bar
 from llmq.tunable import tunable
 
-BETAS, EPSILON = (0.9, 0.95), 1e-12  # gradients per scale are tiny in large models
+BETAS, EPSILON = (0.7, 0.95), 1e-12  # gradients per scale are tiny in large models
 LOGITS = 2**25  # of one micro-batch at most, unless a single window has more
 
 Answers = Callable[[int, slice], Tensor]  # batch, its rows -> full-precision logits (B, T, V)
@@ -43,22 +46,24 @@ class ScaleTuning:
     """How scales are tuned.
 
     Args:
-        steps: of Adam, each on one batch of calibration text.
-        rate: of learning, relative change of a scale per step; it rises in 4 steps and then falls
-            to 0 along a cosine.
+        steps: of Adam.
+        tokens: of calibration text per step, in whole windows; one at least.
+        rate: of learning, relative change per step of a scale with 2 bits, and half as much for
+            every further bit; it rises in 2 steps and then falls to 0 along a cosine.
         every: steps between two looks at held-out text.
         patience: looks without progress after which it ends.
     """
 
-    steps: int = 120
-    rate: float = 5e-3
-    every: int = 15
+    steps: int = 240
+    tokens: int = 512
+    rate: float = 6e-3
+    every: int = 30
     patience: int = 3
 
-    def rate_at(self, step: int) -> float:
-        """The rate of step 0, 1, ..."""
+    def rate_at(self, step: int, bits: int) -> float:
+        """The rate of step 0, 1, ... for scales of a matrix with so many bits."""
         fall = 0.5 * (1 + math.cos(math.pi * step / self.steps))
-        return self.rate * min(1.0, (step + 1) / 4) * fall
+        return self.rate * 2.0 ** (2 - bits) * min(1.0, (step + 1) / 2) * fall
 
 
 @dataclass
@@ -94,18 +99,27 @@ def divergence(full: Tensor, other: Tensor) -> Tensor:
 class _Run:
     """The model, the text, and how far it is from the full-precision answers."""
 
-    def __init__(self, model: Any, batches: Sequence[Tensor], answers: Answers, layers: list[Any]):
+    def __init__(
+        self,
+        model: Any,
+        batches: Sequence[Tensor],
+        answers: Answers,
+        layers: list[Any],
+        tokens: int,
+    ):
         self.model, self.batches, self.answers, self.layers = model, batches, answers, layers
         self.vocabulary = model.config.get_text_config().vocab_size
+        self.at_once = LOGITS // self.vocabulary
         self.device = model.get_input_embeddings().weight.device
         count = len(batches)
         self.judging = [b for b in range(count) if is_held_out(b, count)]
-        self.training = [b for b in range(count) if not is_held_out(b, count)]
+        training = [b for b in range(count) if not is_held_out(b, count)]
+        self.training = [(b, rows) for b in training for rows in self.pieces(b, tokens)]
 
-    def pieces(self, b: int) -> Iterator[slice]:
-        """Rows of a batch that are run together."""
+    def pieces(self, b: int, tokens: int) -> Iterator[slice]:
+        """Rows of a batch with so many tokens in all, if a row has not more."""
         rows, length = self.batches[b].shape
-        step = max(1, LOGITS // (length * self.vocabulary))
+        step = max(1, tokens // length)
         return (slice(i, min(i + step, rows)) for i in range(0, rows, step))
 
     def misses(self, b: int, rows: slice) -> Tensor:
@@ -121,23 +135,31 @@ class _Run:
         total = sum(
             float(self.misses(b, rows).double().sum())
             for b in self.judging
-            for rows in self.pieces(b)
+            for rows in self.pieces(b, self.at_once)
         )
         return total / sum(self.batches[b].numel() for b in self.judging)
 
     def gradient(self, step: int) -> Tensor:
-        """Of the mean KL of one batch with respect to all thetas, float32 (P,)."""
+        """Of the mean KL of the text of a step with respect to all thetas, float32 (P,)."""
         turn, place = divmod(step, len(self.training))
         order = torch.randperm(len(self.training), generator=torch.Generator().manual_seed(turn))
-        b = self.training[int(order[place])]
-        for rows in self.pieces(b):
-            (self.misses(b, rows).sum() / self.batches[b].numel()).backward()
+        b, whole = self.training[int(order[place])]
+        rows, length = self.batches[b][whole].shape
+        at_once = max(1, self.at_once // length)
+        for i in range(whole.start, whole.stop, at_once):
+            piece = slice(i, min(i + at_once, whole.stop))
+            (self.misses(b, piece).sum() / (rows * length)).backward()
         parts = []
         for layer in self.layers:
             grad = layer.theta.grad  # None for an expert that no token reached
             parts.append((torch.zeros_like(layer.theta) if grad is None else grad).flatten())
             layer.theta.grad = None
         return torch.cat(parts)
+
+    def spread(self, values: Sequence[float]) -> Tensor:
+        """One value per layer for each of its thetas, float32 (P,)."""
+        sizes = torch.tensor([layer.theta.numel() for layer in self.layers])
+        return torch.tensor(values).repeat_interleave(sizes).to(self.device)
 
     def put(self, theta: Tensor) -> None:
         """Let the layers have these thetas (P,)."""
@@ -178,7 +200,8 @@ def tune_scales(
     if len(batches) < 2:
         return progress
     with tunable(model) as made, torch.enable_grad():
-        run = _Run(model, batches, answers, [layer for stack in made.values() for layer in stack])
+        layers = [layer for stack in made.values() for layer in stack]
+        run = _Run(model, batches, answers, layers, how.tokens)
         tensors = progress.tensors
         if begun is None:
             progress.start = progress.best = run.judge()
@@ -189,7 +212,8 @@ def tune_scales(
         run.put(tensors["theta"])
         with progress_bar("Tuning scales", how.steps, show=show, before=progress.step) as advance:
             while progress.step < how.steps and progress.stale < how.patience:
-                _adam(tensors, run.gradient(progress.step), progress.step, how)
+                rates = run.spread([how.rate_at(progress.step, layer.bits) for layer in layers])
+                _adam(tensors, run.gradient(progress.step), progress.step, rates)
                 run.put(tensors["theta"])
                 progress.step += 1
                 if progress.step % how.every == 0 or progress.step == how.steps:
@@ -200,14 +224,14 @@ def tune_scales(
     return progress
 
 
-def _adam(tensors: dict[str, Tensor], grad: Tensor, step: int, how: ScaleTuning) -> None:
-    """One step of theta and its moments, in place."""
+def _adam(tensors: dict[str, Tensor], grad: Tensor, step: int, rates: Tensor) -> None:
+    """One step of theta and its moments, at a rate per theta; in place."""
     first, second = tensors["first"], tensors["second"]
     first.lerp_(grad, 1 - BETAS[0])
     second.lerp_(grad.square(), 1 - BETAS[1])
     ahead = first / (1 - BETAS[0] ** (step + 1))
     spread = (second / (1 - BETAS[1] ** (step + 1))).sqrt_().add_(EPSILON)
-    tensors["theta"].sub_(ahead.div_(spread), alpha=how.rate_at(step))
+    tensors["theta"].sub_(ahead.div_(spread).mul_(rates))
 
 
 def _look(progress: Progress, kl: float) -> None:

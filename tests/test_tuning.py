@@ -18,8 +18,9 @@ from zoo import save_tiny, tiny_model
 
 from llmq import api, demo
 from llmq.calibrate import token_windows
+from llmq.errors import SchemeError
 from llmq.journal import Workplace
-from llmq.ladder import QUALITIES
+from llmq.ladder import QUALITIES, in_scheme, with_tuning
 from llmq.needs import memory
 from llmq.nn import PackedLinear
 from llmq.operations import operations
@@ -28,6 +29,7 @@ from llmq.quantize import Recipe, quantize
 from llmq.scheme import QuantScheme
 from llmq.solvers.gptq import GPTQ
 from llmq.solvers.rtn import RTN
+from llmq.superblocks import SuperBlockScheme
 from llmq.tunable import Tunable
 from llmq.tuning import Progress, ScaleTuning, tune_scales
 
@@ -110,6 +112,77 @@ def test_one_batch_leaves_nothing_to_judge_by():
     assert all(torch.equal(before[key], value) for key, value in packed.state_dict().items())
 
 
+def test_a_step_takes_whole_windows_and_no_held_out_ones():
+    model: Any = tiny_model("llama", dtype=torch.float32).eval()
+    packed = rounded(model, QuantScheme(2, 32))
+    ids = batches(model, 7)
+    (rows, length), seen = ids[0].shape, []
+
+    def answers(b: int, piece: slice) -> Tensor:
+        seen.append((b, piece.stop - piece.start))
+        return answers_of(model, ids)(b, piece)
+
+    how = ScaleTuning(steps=5 * rows, tokens=length, every=5 * rows)
+    tune_scales(packed, ids, answers, how)
+    judged = [(b, n) for b, n in seen if b in (5, 6)]
+    assert judged == [(5, rows), (6, rows)] * 2  # before and after
+    trained = [b for b, n in seen if b not in (5, 6) and n == 1]
+    assert sorted(trained) == sorted([*range(5)] * rows)  # every window once
+
+
+def test_rates_fall_with_bits_and_steps():
+    how = ScaleTuning(steps=10, rate=8e-3)
+    assert how.rate_at(0, 2) == 4e-3
+    rates = [how.rate_at(step, 2) for step in range(1, 10)]
+    assert rates == sorted(rates, reverse=True)
+    assert 0 < rates[-1] < 0.05 * rates[0]
+    assert [how.rate_at(3, bits) * 2**bits for bits in (3, 4, 8)] == [4 * how.rate_at(3, 2)] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "mixed", "asked", "steps"),
+    [
+        ("balanced", 4, False, None, None),
+        ("balanced", 3, False, None, None),
+        ("balanced", 3, True, None, 60),
+        ("balanced", 2.5, True, None, 60),
+        ("balanced", 2, False, None, 60),
+        ("balanced", 2, False, 0, None),
+        ("balanced", 4, False, 7, 7),
+        ("fast", 2, False, None, None),
+        ("best", 2, False, None, 240),
+        ("best", 4, False, None, 240),
+        ("best", 4, False, 0, None),
+    ],
+)
+def test_when_scales_are_tuned(name, bits, mixed, asked, steps):
+    found = with_tuning(QUALITIES[name], bits, mixed, asked).scales
+    assert (found.steps if found else None) == steps
+
+
+def test_what_cannot_be_tuned_is_refused():
+    with pytest.raises(SchemeError, match="tune_scales=-1"):
+        with_tuning(QUALITIES["balanced"], 4, False, -1)
+    for recipe in (QUALITIES["fast"], in_scheme(QUALITIES["balanced"], SuperBlockScheme(4))):
+        assert with_tuning(recipe, 2, False, None) == recipe
+        assert with_tuning(recipe, 2, False, 0) == recipe
+        with pytest.raises(SchemeError, match="after --quality balanced or best"):
+            with_tuning(recipe, 2, False, 5)
+
+
+def test_two_bits_are_tuned_unless_told_not_to(source, tmp_path):
+    options = {**BEST, "quality": "balanced"}
+    tuned = api.quantize(source, tmp_path / "tuned", **options)
+    plain = api.quantize(source, tmp_path / "plain", tune_scales=0, **options)
+    assert tuned["scale_tuning"]["steps"] == 60
+    assert plain["scale_tuning"] is None
+    with_scales, without = (
+        load_file(tmp_path / x / "model.safetensors") for x in ("tuned", "plain")
+    )
+    changed = {key for key in without if not torch.equal(with_scales[key], without[key])}
+    assert all(key.endswith(".weight_scale") for key in changed)
+
+
 def test_threads_do_not_matter(set_threads):
     model: Any = tiny_model("llama", dtype=torch.float32).eval()
     found = []
@@ -121,12 +194,12 @@ def test_threads_do_not_matter(set_threads):
     assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
 
 
+BEST: dict[str, Any] = {**OPTIONS, "samples": 12, "bits": 2, "calibration": TEXT}
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny("llama", tmp_path_factory.mktemp("tuning") / "model", torch.bfloat16)
-
-
-BEST: dict[str, Any] = {**OPTIONS, "samples": 12, "bits": 2, "calibration": TEXT}
 
 
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
