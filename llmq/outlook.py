@@ -227,6 +227,7 @@ def advice(shape: Shape, job: Job, device: str) -> str:
     windows = job.tokens // job.window
     fewer = max(16, windows // 4)
     steps: Sequence[tuple[str, dict[str, Any]]] = (
+        ("--tune-scales 0", {"tuning": 0}),
         ("--activations disk", {"lean": True}),
         ("--quality fast", {"match": False}),
         (f"--samples {fewer}", {"tokens": min(fewer, windows) * job.window}),
@@ -239,8 +240,8 @@ def advice(shape: Shape, job: Job, device: str) -> str:
         if changed == job or (option == "--method gptq" and job.kind != "polished"):
             continue
         job = changed
-        if option.startswith("--method"):
-            used = [o for o in used if not o.startswith(("--quality", "--method"))]
+        if option.startswith(("--quality", "--method")):  # which tunes nothing
+            used = [o for o in used if not o.startswith(("--quality", "--method", "--tune"))]
         used.append(option)
         if lacking(shape, job, device) is None:
             return " ".join(used)

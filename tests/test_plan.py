@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaConfig
 from zoo import ARCHITECTURES, save_tiny, tiny_text
 
-from llmq import api, machine, needs, outlook, plan
+from llmq import adapters, api, machine, needs, outlook, plan
 from llmq.errors import MemoryLimitError, OutputError, SchemeError, SourceError
 from llmq.hf.outline import outline, stored_bytes
 from llmq.hf.saving import save
@@ -212,6 +212,7 @@ def test_what_does_not_fit_is_refused_and_what_would_is_named(
 ) -> None:
     config, headers = big_llama(4)
     free = {"memory": 23 * GIB, "disk": 10**13}
+    monkeypatch.setattr(adapters, "_cpu_multiplies", lambda dtype: True)
     monkeypatch.setattr(machine, "free_memory", lambda device: free["memory"])
     monkeypatch.setattr(machine, "free_disk", lambda folder: free["disk"])
 
@@ -222,6 +223,8 @@ def test_what_does_not_fit_is_refused_and_what_would_is_named(
 
     assert not problems(METHODS["gptq"])
     assert [p.fix for p in problems(QUALITIES["balanced"])] == ["--activations disk"]
+    free["memory"] = 25 * GIB
+    assert [p.fix for p in problems(QUALITIES["best"])] == ["--tune-scales 0"]
     free["memory"] = 16 * GIB
     [memory] = problems(QUALITIES["balanced"])
     assert (memory.where, memory.fatal) == ("memory", True)
