@@ -33,7 +33,7 @@ from torch import Tensor
 from llmq.errors import NonFiniteError
 from llmq.objective import is_held_out
 from llmq.progress import progress_bar
-from llmq.tunable import tunable
+from llmq.tunable import Tunable, tunable
 
 BETAS, EPSILON = (0.7, 0.95), 1e-12  # gradients per scale are tiny in large models
 LOGITS = 2**25  # of one micro-batch at most, unless a single window has more
@@ -104,23 +104,24 @@ class _Run:
         model: Any,
         batches: Sequence[Tensor],
         answers: Answers,
-        layers: list[Any],
+        layers: Sequence[Tunable],
         tokens: int,
     ):
         self.model, self.batches, self.answers, self.layers = model, batches, answers, layers
-        self.vocabulary = model.config.get_text_config().vocab_size
-        self.at_once = LOGITS // self.vocabulary
+        self.sizes = [layer.theta.numel() for layer in layers]
+        self.at_once = LOGITS // model.config.get_text_config().vocab_size
         self.device = model.get_input_embeddings().weight.device
         count = len(batches)
         self.judging = [b for b in range(count) if is_held_out(b, count)]
         training = [b for b in range(count) if not is_held_out(b, count)]
         self.training = [(b, rows) for b in training for rows in self.pieces(b, tokens)]
 
-    def pieces(self, b: int, tokens: int) -> Iterator[slice]:
-        """Rows of a batch with so many tokens in all, if a row has not more."""
+    def pieces(self, b: int, tokens: int, within: slice | None = None) -> Iterator[slice]:
+        """Rows of a batch, or `within` it, with so many tokens in all, if a row has not more."""
         rows, length = self.batches[b].shape
-        step = max(1, tokens // length)
-        return (slice(i, min(i + step, rows)) for i in range(0, rows, step))
+        whole, step = within or slice(0, rows), max(1, tokens // length)
+        for start in range(whole.start, whole.stop, step):
+            yield slice(start, min(start + step, whole.stop))
 
     def misses(self, b: int, rows: slice) -> Tensor:
         """KL per token (B, T) of rows of a batch."""
@@ -144,11 +145,9 @@ class _Run:
         turn, place = divmod(step, len(self.training))
         order = torch.randperm(len(self.training), generator=torch.Generator().manual_seed(turn))
         b, whole = self.training[int(order[place])]
-        rows, length = self.batches[b][whole].shape
-        at_once = max(1, self.at_once // length)
-        for i in range(whole.start, whole.stop, at_once):
-            piece = slice(i, min(i + at_once, whole.stop))
-            (self.misses(b, piece).sum() / (rows * length)).backward()
+        tokens = self.batches[b][whole].numel()
+        for rows in self.pieces(b, self.at_once, whole):
+            (self.misses(b, rows).sum() / tokens).backward()
         parts = []
         for layer in self.layers:
             grad = layer.theta.grad  # None for an expert that no token reached
@@ -158,13 +157,11 @@ class _Run:
 
     def spread(self, values: Sequence[float]) -> Tensor:
         """One value per layer for each of its thetas, float32 (P,)."""
-        sizes = torch.tensor([layer.theta.numel() for layer in self.layers])
-        return torch.tensor(values).repeat_interleave(sizes).to(self.device)
+        return torch.tensor(values).repeat_interleave(torch.tensor(self.sizes)).to(self.device)
 
     def put(self, theta: Tensor) -> None:
         """Let the layers have these thetas (P,)."""
-        sizes = [layer.theta.numel() for layer in self.layers]
-        for layer, part in zip(self.layers, theta.split(sizes), strict=True):
+        for layer, part in zip(self.layers, theta.split(self.sizes), strict=True):
             layer.theta.data = part.view_as(layer.theta).clone()
 
 
