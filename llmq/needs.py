@@ -248,12 +248,12 @@ def _solving_head(shape: Shape, job: Job) -> Phase:
 
 
 def _scanning(shape: Shape, job: Job) -> Phase:
-    """The whole model, a second moment of every group's inputs, activations for the way back."""
-    moments = sum(4 * g.columns**2 for g in shape.groups) * shape.blocks
+    """The whole model, a second moment of every matrix, activations for the way back."""
+    moments = sum(4 * g.matrices * g.columns**2 for g in shape.groups) * shape.blocks
     inside = sum(g.active * (2 * g.rows + g.columns) for g in shape.groups) + 6 * shape.hidden
-    kept = 1024 * shape.itemsize * inside * shape.blocks
-    logits = 1024 * shape.vocabulary * (3 * 4 + shape.itemsize)
-    model = shape.blocks * shape.block_bytes + shape.rest_bytes
+    kept = 1024 * shape.running * inside * shape.blocks
+    logits = 1024 * shape.vocabulary * (3 * 4 + shape.running)
+    model = shape.run(shape.blocks * shape.block_bytes + shape.rest_bytes)
     device = {"model": model, "second moments": moments, "activations": kept, "logits": logits}
     if job.felt:
         felt = sum(g.felt(shape.hidden) for g in shape.groups)

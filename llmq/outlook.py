@@ -158,7 +158,7 @@ def _groups(block: nn.Module, name: str, recipe: Recipe, config: Any) -> list[Gr
         alone = last and N == config.hidden_size
         found.setdefault((parent, K, experts, alone), []).append(N)
     return [
-        Group(sum(rows), max(rows), K, experts, min(active, experts))
+        Group(sum(rows), max(rows), K, experts, min(active, experts), len(rows))
         for (_, K, experts, _), rows in found.items()
     ]
 

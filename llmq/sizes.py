@@ -18,6 +18,7 @@ class Group:
         columns: K.
         experts: how many of these there are.
         active: how many of them a token goes through.
+        matrices: how many there are (of one expert).
     """
 
     rows: int
@@ -25,6 +26,7 @@ class Group:
     columns: int
     experts: int = 1
     active: int = 1
+    matrices: int = 1
 
     @property
     def weights(self) -> int:

@@ -136,6 +136,11 @@ def test_shapes_of_blocks_and_of_experts() -> None:
     assert (o.rows, o.columns) == (8192, 8192)
     assert (up.rows, up.widest, up.columns) == (2 * 28672, 28672, 8192)
     assert (down.rows, down.columns) == (8192, 28672)
+    assert [g.matrices for g in found.groups] == [3, 1, 2, 1]
+    scanning = next(
+        p for p in needs.memory(found, Job(0, 512, 512, "gptq", scan=True)) if p.name == "scanning"
+    )
+    assert scanning.device["second moments"] == 80 * 4 * (6 * 8192**2 + 28672**2)
     config = ARCHITECTURES["qwen3_moe"]
     *_, up, down = outlook.shape(outline(config, torch.float32), Recipe()).groups
     assert (up.experts, up.active, up.rows, up.columns) == (4, 2, 2 * 64, 128)
