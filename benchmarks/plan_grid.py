@@ -1,4 +1,4 @@
-"""Does `llmq plan` know what a run takes? Planned against measured, in 20 configurations.
+"""Does `llmq plan` know what a run takes? Planned against measured, in 22 configurations.
 
     python benchmarks/plan_grid.py [--only 3 7] [--add] [--out benchmarks/results/plan_grid.json]
 
@@ -76,6 +76,8 @@ RUNS: list[tuple[str, dict[str, Any]]] = [
     ("windows", {"quality": "balanced", "samples": 8, "seq_len": 128}),
     ("experts", {"method": "gptq", "samples": 16, "seq_len": 128}),
     ("mixture", {"quality": "fast", "samples": 8, "seq_len": 64}),
+    ("deep", {"quality": "balanced", "samples": 16, "seq_len": 128, "bits": 2}),
+    ("words", {"method": "gptq", "samples": 8, "seq_len": 256, "bits": 3.5}),
 ]
 
 
