@@ -55,8 +55,8 @@ def _going_back(shape: Shape, job: Job) -> Iterator[Phase]:
     pairs = shape.heads * job.window**2 * (shape.running + 4) if shape.eager else 0
     logits = (4 * 4 + 2 * shape.running) * min(DRAWN, job.window * shape.vocabulary)
     outside = {"embeddings and output layer": shape.rest_bytes}
-    copied = 0 if shape.running == shape.itemsize else shape.run(shape.rest_bytes)
-    yield Phase("drawing labels", {**streams, "logits": logits, "copies": copied}, {}, outside)
+    device = {**streams, "logits": logits, "copies": _copied(shape)}
+    yield Phase("drawing labels", device, {}, outside)
     back = {
         "a copy of the block": shape.run(shape.block_bytes),
         "activations": 2 * job.window * shape.running * inside + 2 * pairs,
@@ -224,11 +224,16 @@ def _head_bytes(shape: Shape) -> int:
     return shape.itemsize * shape.vocabulary * shape.hidden
 
 
+def _copied(shape: Shape) -> int:
+    """Bytes of everything outside the blocks in the dtype in which it runs, if that is another."""
+    return 0 if shape.running == shape.itemsize else shape.run(shape.rest_bytes)
+
+
 def _ending(shape: Shape, job: Job) -> Iterator[Phase]:
     """Logits of three streams are compared, then the rest of the model is written."""
     codes = shape.vocabulary * shape.hidden if job.embeddings else 0
     logits = JUDGED * shape.vocabulary
-    host = {"logits": 3 * shape.itemsize * logits + 5 * 4 * logits // 8}
+    host = {"logits": 3 * shape.running * logits + 5 * 4 * logits // 8, "copies": _copied(shape)}
     yield Phase("comparing logits", {}, host, {"output layer": _head_bytes(shape)})
     host = {"pieces": 3 * CHUNK, "codes of the embeddings": codes}
     yield Phase("ending", {}, host, {"embeddings and more": shape.rest_bytes})
