@@ -24,7 +24,7 @@ from llmq.output import enough_memory, writing
 from llmq.progress import progress_bar
 from llmq.quantize import quantize
 from llmq.recipe import Recipe, embedding_scheme, input_widths, quantizable
-from llmq.refine import finish
+from llmq.refine import finish, held_back
 from llmq.report import (
     expert_coverage,
     layer_entry,
@@ -144,6 +144,8 @@ def solve(run: Run, *, show: bool) -> Solved | None:
     first = ranks.number() == 0
     source, recipe, work, device = run.source, run.recipe, run.work, run.device
     mine = share(run.text.windows, recipe)
+    aside = held_back(len(mine)) if recipe.scales else 0
+    mine, judging = mine[: len(mine) - aside], mine[len(mine) - aside :]
     batches = mine.split(batch_windows(*mine.shape))
     blocks, before = len(source.blocks), len(work.journal.blocks)
     with enough_memory():
@@ -158,7 +160,8 @@ def solve(run: Run, *, show: bool) -> Solved | None:
             layers = list(quantize(source.model, batches, recipe, device, store))
         if not first:
             return None
-        return Solved(layers, *finish(store, source, work, batches, recipe.scales, device, show))
+        tuned = finish(store, source, work, batches, judging, recipe.scales, device, show)
+        return Solved(layers, *tuned)
 
 
 def outcome(run: Run, solved: Solved) -> dict[str, Any]:

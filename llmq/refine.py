@@ -2,7 +2,9 @@
 
 The result is loaded packed, `tuning.tune_scales` moves its scales towards the answers that the
 full-precision stream of hidden states gives, and they are written in the place of the old ones. A
-run that is stopped goes on at the last look at held-out text, which the journal names.
+run that is stopped goes on at the last look at held-out text, which the journal names. A few
+windows of the calibration text are held back from the solvers for that: on text that they have
+seen, the result is nearer to the original than on any other, and what tuning does looks like a loss.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llmq import hf, shards
+from llmq.adapters import as_linears, run_copy, run_dtype, shared_copy
 from llmq.backends import TORCH
-from llmq.blocks import logits_behind, record_calls
+from llmq.blocks import logits_behind, record_calls, run_block
 from llmq.hf.saving import checkpoint_tensors
 from llmq.hf.streaming import StoredModel
 from llmq.journal import Workplace
@@ -27,12 +30,20 @@ from llmq.output import writing
 from llmq.stream import Streamed
 from llmq.tuning import Progress, ScaleTuning, tune_scales
 
+HELD_BACK = 16
+
+
+def held_back(windows: int) -> int:
+    """How many of the calibration windows only judge scales: one of 16, one at least of two."""
+    return min(max(1, windows // HELD_BACK), windows - 1)
+
 
 def finish(
     store: Streamed,
     source: StoredModel,
     work: Workplace,
     batches: Sequence[Tensor],
+    judging: Tensor,
     how: ScaleTuning | None,
     device: str,
     show: bool,
@@ -44,6 +55,7 @@ def finish(
         source: what they were made from.
         work: its journal keeps the progress.
         batches: calibration tokens, int64 (B, T) each.
+        judging: tokens that were held back, int64 (B, T); B may be 0.
         how: to tune; None = not.
         device: where the whole packed model runs.
         show: a bar on standard error if that is a terminal.
@@ -54,12 +66,30 @@ def finish(
     if how is None:
         return *store.finish(), None
     # Of a fresh one: this one's output layer may be packed by now.
-    answers = Answers(StoredModel(source.folder), batches, store.full_states())
+    fresh = StoredModel(source.folder)
+    states = list(store.full_states())
+    if len(judging):
+        batches = [*batches, judging]
+        states.append(_behind_blocks(fresh, judging, torch.device(device)))
+    answers = Answers(fresh, batches, states)
     digests, _ = store.finish()
     model, changed, progress = refine(source, work, batches, answers, how, device=device, show=show)
     record = {"kl_before": progress.start, "kl_after": progress.best, "steps": progress.step}
     finite = {k: v if math.isfinite(v) else None for k, v in record.items()}
     return digests | changed, store.verdict(model), finite
+
+
+@torch.no_grad()
+def _behind_blocks(source: StoredModel, ids: Tensor, where: torch.device) -> Tensor:
+    """What leaves the full-precision model's last block, (B, T, D)."""
+    with source.outer():
+        recording = record_calls(source.model, source.blocks, list(ids.split(1)), source.block(0))
+    states = [x.to(where, run_dtype(x.dtype, where)) for x in recording.hidden]
+    for i in range(len(source.blocks)):
+        run = run_copy(as_linears(shared_copy(source.block(i))), where)
+        calls = [call.to(where, states[0].dtype) for call in recording.calls[i]]
+        states = [run_block(run, x, call) for x, call in zip(states, calls, strict=True)]
+    return torch.cat(states)
 
 
 class Answers:
@@ -112,7 +142,7 @@ def refine(
     Args:
         source: what it was made from.
         work: its journal keeps the progress.
-        batches: calibration tokens, int64 (B, T) each.
+        batches: calibration tokens, int64 (B, T) each; the last ones only judge.
         answers: the full-precision model's.
         how: see there.
         device: where the whole packed model runs.

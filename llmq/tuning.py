@@ -31,7 +31,6 @@ import torch
 from torch import Tensor
 
 from llmq.errors import NonFiniteError
-from llmq.objective import is_held_out
 from llmq.progress import progress_bar
 from llmq.tunable import Tunable, tunable
 
@@ -111,9 +110,7 @@ class _Run:
         self.sizes = [layer.theta.numel() for layer in layers]
         self.at_once = LOGITS // model.config.get_text_config().vocab_size
         self.device = model.get_input_embeddings().weight.device
-        count = len(batches)
-        self.judging = [b for b in range(count) if is_held_out(b, count)]
-        training = [b for b in range(count) if not is_held_out(b, count)]
+        training = range(len(batches) - 1)
         self.training = [(b, rows) for b in training for rows in self.pieces(b, tokens)]
 
     def pieces(self, b: int, tokens: int, within: slice | None = None) -> Iterator[slice]:
@@ -133,12 +130,10 @@ class _Run:
     @torch.no_grad()
     def judge(self) -> float:
         """Mean KL on held-out text."""
-        total = sum(
-            float(self.misses(b, rows).double().sum())
-            for b in self.judging
-            for rows in self.pieces(b, self.at_once)
-        )
-        return total / sum(self.batches[b].numel() for b in self.judging)
+        last = len(self.batches) - 1
+        pieces = self.pieces(last, self.at_once)
+        total = sum(float(self.misses(last, rows).double().sum()) for rows in pieces)
+        return total / self.batches[last].numel()
 
     def gradient(self, step: int) -> Tensor:
         """Of the mean KL of the text of a step with respect to all thetas, float32 (P,)."""
@@ -179,7 +174,8 @@ def tune_scales(
 
     Args:
         model: a causal language model with packed modules, all on one device.
-        batches: token ids, int64 (B, T) each; every sixth and the last only judge.
+        batches: token ids, int64 (B, T) each. The last one only judges: it must be text that the
+            codes were not solved on, which is nearer to the full model's answers than any other.
         answers: the full-precision logits (B, T, V) of rows of a batch.
         how: see there.
         begun: where an earlier call was when it was stopped.

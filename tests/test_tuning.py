@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from test_journal import OPTIONS, TEXT, bytes_of
 from test_quantize import batches, divergence
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 from zoo import save_tiny, tiny_model
 
 from llmq import api, demo
@@ -26,6 +27,7 @@ from llmq.nn import PackedLinear
 from llmq.operations import operations
 from llmq.outlook import job, shape
 from llmq.quantize import Recipe, quantize
+from llmq.refine import held_back
 from llmq.scheme import QuantScheme
 from llmq.solvers.gptq import GPTQ
 from llmq.solvers.rtn import RTN
@@ -122,12 +124,12 @@ def test_a_step_takes_whole_windows_and_no_held_out_ones():
         seen.append((b, piece.stop - piece.start))
         return answers_of(model, ids)(b, piece)
 
-    how = ScaleTuning(steps=5 * rows, tokens=length, every=5 * rows)
+    how = ScaleTuning(steps=6 * rows, tokens=length, every=6 * rows)
     tune_scales(packed, ids, answers, how)
-    judged = [(b, n) for b, n in seen if b in (5, 6)]
-    assert judged == [(5, rows), (6, rows)] * 2  # before and after
-    trained = [b for b, n in seen if b not in (5, 6) and n == 1]
-    assert sorted(trained) == sorted([*range(5)] * rows)  # every window once
+    judged = [(b, n) for b, n in seen if b == 6]
+    assert judged == [(6, rows)] * 2  # before and after
+    trained = [b for b, n in seen if b != 6 and n == 1]
+    assert sorted(trained) == sorted([*range(6)] * rows)  # every window once
 
 
 def test_rates_fall_with_bits_and_steps():
@@ -176,11 +178,32 @@ def test_two_bits_are_tuned_unless_told_not_to(source, tmp_path):
     plain = api.quantize(source, tmp_path / "plain", tune_scales=0, **options)
     assert tuned["scale_tuning"]["steps"] == 60
     assert plain["scale_tuning"] is None
-    with_scales, without = (
-        load_file(tmp_path / x / "model.safetensors") for x in ("tuned", "plain")
-    )
-    changed = {key for key in without if not torch.equal(with_scales[key], without[key])}
-    assert all(key.endswith(".weight_scale") for key in changed)
+
+
+def test_solvers_do_not_see_what_judges_scales(source, tmp_path, monkeypatch):
+    short(monkeypatch)
+    assert [held_back(n) for n in (1, 2, 12, 31, 32, 128)] == [0, 1, 1, 1, 2, 8]
+    seen: dict[str, Any] = {}
+
+    def solving(model, ids, *rest):
+        seen["solved"] = torch.cat(list(ids))
+        return quantize(model, ids, *rest)
+
+    def judging(model, ids, answers, how, **rest):
+        seen["judged"], seen["rest"] = ids[-1], torch.cat(list(ids[:-1]))
+        full: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        expected = full(input_ids=ids[-1], use_cache=False).logits
+        found = answers(len(ids) - 1, slice(0, len(ids[-1])))
+        torch.testing.assert_close(found.float(), expected, rtol=0.1, atol=0.1)
+        return tune_scales(model, ids, answers, how, **rest)
+
+    monkeypatch.setattr("llmq.pipeline.quantize", solving)
+    monkeypatch.setattr("llmq.refine.tune_scales", judging)
+    api.quantize(source, tmp_path / "out", quality="best", **BEST)
+    assert torch.equal(seen["solved"], seen["rest"])
+    assert len(seen["solved"]) == 11
+    assert len(seen["judged"]) == 1
+    assert not (seen["solved"] == seen["judged"]).all(1).any()
 
 
 def test_threads_do_not_matter(set_threads):
@@ -209,13 +232,15 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(QUALITIES, "best", replace(plain, scales=QUICK))
 
 
-def test_best_writes_the_codes_of_balanced(source, tmp_path, monkeypatch):
+def test_tuning_changes_scales_alone(source, tmp_path, monkeypatch):
     short(monkeypatch)
     report = api.quantize(source, tmp_path / "best", quality="best", **BEST)
-    api.quantize(source, tmp_path / "balanced", quality="balanced", **BEST)
-    best, balanced = (load_file(tmp_path / x / "model.safetensors") for x in ("best", "balanced"))
-    assert best.keys() == balanced.keys()
-    changed = {key for key in best if not torch.equal(best[key], balanced[key])}
+    still = replace(QUALITIES["best"], scales=replace(QUICK, rate=0.0))
+    monkeypatch.setitem(QUALITIES, "best", still)
+    api.quantize(source, tmp_path / "still", quality="best", **BEST)
+    best, start = (load_file(tmp_path / x / "model.safetensors") for x in ("best", "still"))
+    assert best.keys() == start.keys()
+    changed = {key for key in best if not torch.equal(best[key], start[key])}
     assert changed
     assert all(key.endswith(".weight_scale") for key in changed)
     tuning = report["scale_tuning"]
@@ -259,7 +284,7 @@ def test_a_stopped_tuning_goes_on(source, tmp_path, monkeypatch, looks):
 
 
 def test_a_trained_model_gains_on_text_that_nobody_saw():
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     model: Any = AutoModelForCausalLM.from_pretrained(demo.model_path(), dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(demo.model_path())
