@@ -4,7 +4,7 @@ The result is loaded packed, `tuning.tune_scales` moves its scales towards the a
 full-precision stream of hidden states gives, and they are written in the place of the old ones. A
 run that is stopped goes on at the last look at held-out text, which the journal names. A few
 windows of the calibration text are held back from the solvers for that: on text that they have
-seen, the result is nearer to the original than on any other, and what tuning does looks like a loss.
+seen, the result is nearer to the original than on any other, and tuning looks like a loss.
 """
 
 from __future__ import annotations
