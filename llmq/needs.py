@@ -55,7 +55,7 @@ def _going_back(shape: Shape, job: Job) -> Iterator[Phase]:
     pairs = shape.heads * job.window**2 * (shape.running + 4) if shape.eager else 0
     logits = (4 * 4 + 2 * shape.running) * min(DRAWN, job.window * shape.vocabulary)
     outside = {"embeddings and output layer": shape.rest_bytes}
-    device = {**streams, "logits": logits, "copies": _copied(shape)}
+    device = {**streams, "logits": logits, "copies": _copied(shape, shape.running)}
     yield Phase("drawing labels", device, {}, outside)
     back = {
         "a copy of the block": shape.run(shape.block_bytes),
@@ -224,16 +224,17 @@ def _head_bytes(shape: Shape) -> int:
     return shape.itemsize * shape.vocabulary * shape.hidden
 
 
-def _copied(shape: Shape) -> int:
-    """Bytes of everything outside the blocks in the dtype in which it runs, if that is another."""
-    return 0 if shape.running == shape.itemsize else shape.run(shape.rest_bytes)
+def _copied(shape: Shape, itemsize: int) -> int:
+    """Bytes of a copy of everything outside the blocks, if it runs in a dtype of another size."""
+    return 0 if itemsize == shape.itemsize else shape.rest_bytes * itemsize // shape.itemsize
 
 
 def _ending(shape: Shape, job: Job) -> Iterator[Phase]:
     """Logits of three streams are compared, then the rest of the model is written."""
     codes = shape.vocabulary * shape.hidden if job.embeddings else 0
     logits = JUDGED * shape.vocabulary
-    host = {"logits": 3 * shape.running * logits + 5 * 4 * logits // 8, "copies": _copied(shape)}
+    compared = 3 * shape.judging * logits + 5 * 4 * logits // 8
+    host = {"logits": compared, "copies": _copied(shape, shape.judging)}
     yield Phase("comparing logits", {}, host, {"output layer": _head_bytes(shape)})
     host = {"pieces": 3 * CHUNK, "codes of the embeddings": codes}
     yield Phase("ending", {}, host, {"embeddings and more": shape.rest_bytes})

@@ -135,6 +135,7 @@ def shape(model: Any, recipe: Recipe, device: str = "cpu") -> Shape:
         vocabulary=config.vocab_size,
         itemsize=model.dtype.itemsize,
         running=run_dtype(model.dtype, torch.device(device)).itemsize,
+        judging=run_dtype(model.dtype, torch.device("cpu")).itemsize,
         heads=config.num_attention_heads,
         eager=config._attn_implementation == "eager",
     )

@@ -63,6 +63,7 @@ class Shape:
         vocabulary: width of the logits.
         itemsize: bytes of a weight.
         running: bytes of one in the dtype in which blocks run, and of a number of a hidden state.
+        judging: bytes of one in the dtype in which the CPU compares logits.
         heads: of attention.
         eager: whether attention holds the probabilities of all pairs of tokens.
     """
@@ -75,6 +76,7 @@ class Shape:
     vocabulary: int
     itemsize: int
     running: int
+    judging: int
     heads: int
     eager: bool
 

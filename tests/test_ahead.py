@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from zoo import save_tiny, tiny_text
 
-from llmq import api, pipeline
+from llmq import adapters, api, pipeline
 from llmq.adapters import run_copy, run_dtype
 from llmq.ahead import Ahead, read_ahead
 from llmq.blocks import replaced
@@ -173,7 +173,8 @@ def test_a_copy_to_run_is_of_its_own() -> None:
         assert torch.equal(b, a.to(b.dtype)), name
 
 
-def test_memory_that_is_read_ahead_is_planned() -> None:
+def test_memory_that_is_read_ahead_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapters, "_cpu_multiplies", lambda dtype: True)
     from test_plan import big_llama, job_of  # the same model
 
     from llmq import outlook
