@@ -2,7 +2,8 @@
 
     python benchmarks/halves.py
 
-One thread, products as layers take them: 512 rows of activations times a square matrix.
+One thread, 512 rows of activations times a square matrix: transposed as layers take it, and as it
+is on the way back.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ ROWS = 512
 HALVES = (torch.float16, torch.bfloat16)
 
 
-def speed(size: int, dtype: torch.dtype) -> float:
+def speed(size: int, dtype: torch.dtype, back: bool) -> float:
     """Operations per second of CPU time, in 1e9."""
     x, W = torch.rand(ROWS, size).to(dtype), torch.rand(size, size).to(dtype)
-    F.linear(x, W)
+    product = torch.matmul if back else F.linear
+    product(x, W)
     start, runs = time.process_time(), 0
     while runs < 3 or time.process_time() - start < 1:
-        F.linear(x, W)
+        product(x, W)
         runs += 1
     return 2e-9 * ROWS * size**2 * runs / (time.process_time() - start)
 
@@ -36,7 +38,11 @@ def speed(size: int, dtype: torch.dtype) -> float:
 def main() -> None:
     torch.set_num_threads(1)
     found = {
-        str(dtype).removeprefix("torch."): {size: round(speed(size, dtype), 2) for size in SIZES}
+        str(dtype).removeprefix("torch."): {
+            f"{size} {'back' if back else 'forth'}": round(speed(size, dtype, back), 2)
+            for size in SIZES
+            for back in (False, True)
+        }
         for dtype in (torch.float32, *HALVES)
     }
     runs = {str(d).removeprefix("torch."): str(run_dtype(d, torch.device("cpu"))) for d in HALVES}

@@ -133,7 +133,8 @@ def run_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype in which a model that is stored in `dtype` runs on a device where speed counts.
 
     On CPUs float16 becomes bfloat16, which is several times faster. Without instructions for that
-    (AVX2 has none) torch multiplies either at a hundredth of float32's speed: both become float32.
+    (AVX2 has none) torch multiplies either at an eighth of float32's speed, and on the way back at
+    a thirtieth to a ninetieth (`benchmarks/halves.py`): both become float32.
     """
     if device.type != "cpu" or dtype not in (torch.float16, torch.bfloat16):
         return dtype
