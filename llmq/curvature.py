@@ -124,7 +124,7 @@ def prepare(
     for i in range(len(blocks)):
         numbered = dict(zip(_numbers(chosen), states, strict=True))
         store.put_aside(f"states-{i}-{ranks.number()}", numbered)
-        step = partial(_forwards, store.look(i), states, calls(i))
+        step = partial(forwards, store.look(i), states, calls(i))
         states = retries.run(f"{prefix}.{i}", step)
         passed(i + 1)
     gradients = []
@@ -171,7 +171,7 @@ def _run(block: nn.Module, effort: Effort) -> nn.Module:
 
 
 @torch.no_grad()
-def _forwards(
+def forwards(
     block: nn.Module, states: Sequence[Tensor], calls: Sequence[Call], effort: Effort
 ) -> list[Tensor]:
     """What leaves a block, one window after the other."""

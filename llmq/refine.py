@@ -20,13 +20,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llmq import hf, shards
-from llmq.adapters import as_linears, run_copy, run_dtype, shared_copy
 from llmq.backends import TORCH
-from llmq.blocks import logits_behind, record_calls, run_block
+from llmq.blocks import logits_behind, record_calls
+from llmq.curvature import forwards
 from llmq.hf.saving import checkpoint_tensors
 from llmq.hf.streaming import StoredModel
 from llmq.journal import Workplace
 from llmq.output import writing
+from llmq.retry import Effort
 from llmq.stream import Streamed
 from llmq.tuning import Progress, ScaleTuning, tune_scales
 
@@ -84,12 +85,10 @@ def _behind_blocks(source: StoredModel, ids: Tensor, where: torch.device) -> Ten
     """What leaves the full-precision model's last block, (B, T, D)."""
     with source.outer():
         recording = record_calls(source.model, source.blocks, list(ids.split(1)), source.block(0))
-    states = [x.to(where, run_dtype(x.dtype, where)) for x in recording.hidden]
+    states: Sequence[Tensor] = [x.to(where) for x in recording.hidden]
     for i in range(len(source.blocks)):
-        run = run_copy(as_linears(shared_copy(source.block(i))), where)
-        calls = [call.to(where, states[0].dtype) for call in recording.calls[i]]
-        states = [run_block(run, x, call) for x, call in zip(states, calls, strict=True)]
-    return torch.cat(states)
+        states = forwards(source.block(i), states, recording.calls[i], Effort(where, single=False))
+    return torch.cat(list(states))
 
 
 class Answers:
