@@ -146,9 +146,9 @@ def test_rates_fall_with_bits_and_steps():
     [
         ("balanced", 4, False, None, None),
         ("balanced", 3, False, None, None),
-        ("balanced", 3, True, None, 60),
-        ("balanced", 2.5, True, None, 60),
-        ("balanced", 2, False, None, 60),
+        ("balanced", 3, True, None, 90),
+        ("balanced", 2.5, True, None, 90),
+        ("balanced", 2, False, None, 90),
         ("balanced", 2, False, 0, None),
         ("balanced", 4, False, 7, 7),
         ("fast", 2, False, None, None),
@@ -176,7 +176,7 @@ def test_two_bits_are_tuned_unless_told_not_to(source, tmp_path):
     options = {**BEST, "quality": "balanced"}
     tuned = api.quantize(source, tmp_path / "tuned", **options)
     plain = api.quantize(source, tmp_path / "plain", tune_scales=0, **options)
-    assert tuned["scale_tuning"]["steps"] == 60
+    assert tuned["scale_tuning"]["steps"] == 90
     assert plain["scale_tuning"] is None
 
 
