@@ -28,13 +28,17 @@ from triton.compiler import ASTSource
 
 from llmq_kernels.dequant import dequantize_kernel
 from llmq_kernels.gemm import linear_kernel
-from llmq_kernels.plan import UNIT, Gpu, closed_form, shared_bytes
+from llmq_kernels.plan import SOLVED, UNIT, Gpu, closed_form, shared_bytes, solver_tile
+from llmq_kernels.rounding import moves_kernel, round_kernel, trials_kernel
 
 LIMIT = 3.2  # instructions per weight and thread on sm_90, up to 16 rows of x, every format
 POINTERS = {
     "x_ptr": "*{x}", "qw_ptr": "*i32", "s_ptr": "*{s}", "z_ptr": "*u8", "bias_ptr": "*{x}",
     "y_ptr": "*{x}", "partial_ptr": "*fp32", "counter_ptr": "*i32", "pair_ptr": "*i32",
     "expert_ptr": "*i32",
+    **dict.fromkeys(("column_ptr", "debt_ptr", "r_ptr", "u_ptr", "scale_ptr", "zero_ptr"), "*fp32"),
+    **dict.fromkeys(("error_ptr", "moved_ptr", "away_ptr", "follow_ptr", "pivot_ptr"), "*fp32"),
+    "group_ptr": "*i64", "code_ptr": "*u8",
 }  # fmt: skip
 
 
@@ -129,10 +133,23 @@ def dequantize_facts(config: Config, arch: int) -> dict:
     return row | {"complaints": ["spills"] * bool(row["spills"] or row["stack"] or row["local"])}
 
 
+SOLVING = {"round": round_kernel, "trials": trials_kernel, "moves": moves_kernel}
+
+
+def solver_facts(name: str, columns: int, arch: int) -> dict:
+    """The same for a loop of the solvers; its tile has to stay in registers."""
+    options = solver_tile(columns)
+    constants = {key: options.pop(key) for key in ("COLUMNS", "ROWS")}
+    row = _compile(SOLVING[name], "fp32", constants, arch, options, SOLVED)
+    return row | {"complaints": ["spills"] * bool(row["spills"] or row["stack"] or row["local"])}
+
+
 def _compile(kernel, dtype: str, constants: dict, arch: int, options: dict, weights: int) -> dict:
     names = kernel.arg_names
     signature = {n: POINTERS[n].format(x=dtype, s=dtype) if n in POINTERS else "i32" for n in names}
     signature.update(dict.fromkeys(constants, "constexpr"))
+    if "qmax" in signature:
+        signature["qmax"] = "fp32"
     # What the launcher would find: aligned pointers, N, K and the stride multiples of 16.
     aligned = [*POINTERS, "N", "K", "stride_x"]
     source = ASTSource(
@@ -246,6 +263,10 @@ def compiled(arch: int, only: str) -> Iterator[tuple[str, dict]]:
         name = f"dequantize w{bits} g{group} asym bf16"
         if only in name:
             yield name, dequantize_facts(Config(bits, group, symmetric=False), arch)
+    for kernel, columns in itertools.product(SOLVING, (32, 64, 128)):
+        name = f"solve {kernel} {columns} columns"
+        if only in name:
+            yield name, solver_facts(kernel, columns, arch)
 
 
 if __name__ == "__main__":

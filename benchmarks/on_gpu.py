@@ -73,6 +73,13 @@ def decode(report: Report, on: Machine) -> None:
     decoding(report, on.device, _roof(report, on), (1, 2) if on.dry else (1, 16), dry=on.dry)
 
 
+def solving(report: Report, on: Machine) -> None:
+    """What quantizing consists of."""
+    from gpu_solvers import solvers
+
+    solvers(report, on.device, on.dry)
+
+
 def chains(report: Report, on: Machine) -> None:
     """Layers in a row."""
     from gpu_decode import chain
@@ -149,6 +156,7 @@ SECTIONS = {
     "first": Section(first, 110),
     "times": Section(main_times, 130),
     "decode": Section(decode, 200),
+    "solvers": Section(solving, 50),
     "chains": Section(chains, 40),
     "formats": Section(formats, 120, processes=8),
     "peers": Section(peer_times, 120),

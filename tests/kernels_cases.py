@@ -1,7 +1,7 @@
 """Every case of the fused and the dequantizing kernel, run by Triton's interpreter.
 
     TRITON_INTERPRET=1 python tests/kernels_cases.py default|full|experts [name ...]
-    TRITON_INTERPRET=1 python tests/kernels_cases.py formats|selfcheck
+    TRITON_INTERPRET=1 python tests/kernels_cases.py formats|selfcheck|solvers
 
 The interpreter is chosen when triton is imported, hence a process of its own (see
 test_kernels_interpreter.py). One JSON object per case on standard output.
@@ -282,6 +282,53 @@ def poisoned(call):
     return result
 
 
+SOLVER_SHAPES = ((32, 70), (128, 17), (20, 16), (100, 5), (64, 33))
+
+
+def run_solvers(columns: int, rows: int) -> dict:
+    """The solvers' loops by kernels and by torch in float64: what they disagree in."""
+    import torch
+
+    from llmq.solvers import loops
+    from llmq_kernels import solve
+
+    generator = torch.Generator().manual_seed(columns)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    x = drawn(4 * columns, columns) + drawn(4 * columns, 1)
+    H = x.T @ x / len(x)
+    H[:, 3] = H[3] = 0.0
+    H[3, 3] = 1.0  # a column that never fired
+    R = torch.linalg.cholesky(H.flip(0, 1)).flip(0, 1).contiguous()
+    W, debt, away = drawn(columns, rows), drawn(columns, rows) / 4, drawn(columns, rows)
+    W[:, 1], W[5] = 0.0, 1e4  # a row of zeros, a column of outliers
+    group = torch.arange(columns) // 16
+    count = int(group[-1]) + 1
+    grid = drawn(count, rows).abs() / 4 + 0.1, (drawn(count, rows) * 2 + 4).round().clamp(0, 7)
+    begun = grid[1][group]
+    lost, exact = W.clone(), W.double()
+    codes = solve.round_columns(lost, debt, R, grid, group, 7)
+    wide = grid[0].double(), grid[1].double()
+    expected = loops._round_columns(exact, debt.double(), R.double(), wide, group, 7)
+    errors = solve.trial_errors(W, R, *grid, 7)
+    exact_errors = loops._trial_errors(W.double(), R.double(), *wide, 7)
+    moved = begun.clone()
+    solve.move_codes(moved, away, H, 7)
+    best = loops._moved_codes(begun.double(), away.double(), H.double(), 7)
+    again = begun.clone()
+    solve.move_codes(again, away, H, 7)
+    return {
+        "codes": float((codes == expected).double().mean()),
+        "lost": float(((lost - exact).abs() / exact.abs().clamp(min=1)).median()),
+        "errors": float(((errors - exact_errors).abs() / exact_errors.clamp(min=1e-6)).median()),
+        "moved": float((moved == best).double().mean()),
+        "moves": float((moved != begun).double().mean()),
+        "repeatable": torch.equal(moved, again),
+    }
+
+
 def main() -> None:
     """Run the chosen cases."""
     import torch
@@ -293,6 +340,10 @@ def main() -> None:
         return
     if sys.argv[1] == "selfcheck":
         print(json.dumps(run_selfcheck()))  # noqa: T201
+        return
+    if sys.argv[1] == "solvers":
+        for columns, rows in SOLVER_SHAPES:
+            print(json.dumps(run_solvers(columns, rows)), flush=True)  # noqa: T201
         return
     if sys.argv[1] == "formats":
         for case in formats():

@@ -34,7 +34,9 @@ def test_machine_code_of_the_main_format(arch: int) -> None:
     compile_for(arch, "w4 g128 asym bf16")
 
 
-@pytest.mark.parametrize("only", ["w4 g32 asym bf16", "w8 g32 asym bf16", "w3 g32 asym", "pdl"])
+@pytest.mark.parametrize(
+    "only", ["w4 g32 asym bf16", "w8 g32 asym bf16", "w3 g32 asym", "pdl", "solve"]
+)
 def test_machine_code_of_other_formats_on_hopper(only: str) -> None:
     compile_for(90, only)
 
@@ -76,6 +78,12 @@ def test_committed_report_is_about_the_launches_of_today(monkeypatch) -> None:
         f"sm_{arch} {config.name()}"
         for arch in (80, 89, 90, 100)
         for config in (*aot.small(arch), *aot.variants(arch))
+    }
+    names |= {
+        f"sm_{arch} solve {kernel} {columns} columns"
+        for arch, kernel, columns in itertools.product(
+            (80, 89, 90, 100), aot.SOLVING, (32, 64, 128)
+        )
     }
     assert len(names) > 100
     for version, rows in json.loads(REPORT.read_text()).items():

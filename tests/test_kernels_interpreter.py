@@ -27,7 +27,7 @@ def interpret(which: str, *names: str) -> list[dict]:
     """Run cases of tests/kernels_cases.py under the interpreter."""
     environment = os.environ | {
         "TRITON_INTERPRET": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "kernels"), str(ROOT / "tests")]),
+        "PYTHONPATH": os.pathsep.join(str(ROOT / folder) for folder in ("kernels", "tests", ".")),
     }
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests/kernels_cases.py"), which, *names],
@@ -71,6 +71,19 @@ def test_the_other_formats_in_the_interpreter() -> None:
         assert row["error_float32"] < (1.1 * row["dense"] if row["group"] == 32 else 1e-6), row
         assert row["counters_zero"], row
         assert row["dequantize"], row
+
+
+def test_loops_of_solvers_in_the_interpreter() -> None:
+    """Against float64: the same codes but for ties, also with dead columns and outliers."""
+    rows = interpret("solvers")
+    assert len(rows) == len(kernels_cases.SOLVER_SHAPES)
+    for row in rows:
+        assert row["codes"] > 0.99, row
+        assert row["lost"] < 1e-6, row
+        assert row["errors"] < 1e-5, row
+        assert row["moved"] > 0.99, row
+        assert row["moves"] > 0.2, row
+        assert row["repeatable"], row
 
 
 @pytest.mark.parametrize("name", ["experts", "experts-split"])

@@ -54,6 +54,7 @@ LEVELS = [
     {"linear", "lookup"},
     {"experts"},
     {"nn", "solvers", "solvers.babai", "solvers.grid", "formats.layouts"},
+    {"solvers.loops"},
     {
         "division",
         "fuse",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmq.factor import factor, inverted
 from llmq.scheme import QuantizedWeight, QuantScheme
-from llmq.solvers import trials
+from llmq.solvers import loops, trials
 from llmq.solvers.gptq import GPTQ
 from llmq.solvers.grid import by_column, shortlist
 from llmq.solvers.trials import tried_grid
@@ -72,7 +72,7 @@ def test_what_the_pass_loses_is_the_error_of_the_layer(seed, scheme):
     q = GPTQ(damp=0.01, order="none", trials=4).solve(W, H, scheme)
     H = H + 0.01 * H.diagonal().mean() * torch.eye(G)
     columns, qmax = W.T.contiguous(), scheme.qmax
-    lost = trials._errors(columns, U, q.scale.T.float(), q.zero.T.float(), qmax)[0]
+    lost = loops.trial_errors(columns, U, q.scale.T.float(), q.zero.T.float(), qmax)[0]
     torch.testing.assert_close(lost.double(), loss(W, q, H), rtol=1e-3, atol=1e-5)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 TILE = 64  # rows per block of the layout: four m16 tiles, one warp group
 UNIT = 128  # columns per block of the layout, and per step of the kernel
@@ -17,6 +17,7 @@ COUNTERS_PER_TILE = 4  # blocks of activations that may share a row tile under s
 TUNED = Path(__file__).parent / "tuned"
 M_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 FUSED_LIMIT = 512  # above this, dequantizing once and a dense product are cheaper
+SOLVED = 2048  # numbers in a tile of a solver's loop: 16 in the registers of each thread
 
 
 class Plan(NamedTuple):
@@ -29,6 +30,13 @@ class Plan(NamedTuple):
     warps: int = 4
     stages: int = 4
     maxnreg: int | None = None
+
+
+def solver_tile(columns: int) -> dict[str, Any]:
+    """How a loop over up to 128 columns (see `rounding`) is compiled: its tile is powers of two."""
+    width = max(16, 1 << (columns - 1).bit_length())
+    options = {"num_warps": 4, "enable_fp_fusion": True}  # the latter as in `launch`
+    return {"COLUMNS": width, "ROWS": SOLVED // width, **options}
 
 
 class Gpu(NamedTuple):

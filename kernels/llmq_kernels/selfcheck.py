@@ -47,19 +47,33 @@ def examine(
     linear_experts: LinearExperts,
 ) -> str | None:
     """`failure` of the functions given; both are called as those of `ops` are."""
+    generator = torch.Generator().manual_seed(0)
+    return caught(
+        lambda: (
+            _linear_failure(
+                device,
+                _weight(bits, group_size, symmetric, dtype, generator),
+                dtype,
+                linear,
+                generator,
+            )
+            or _experts_failure(
+                device,
+                [_weight(bits, group_size, symmetric, dtype, generator) for _ in range(EXPERTS)],
+                dtype,
+                linear_experts,
+                generator,
+            )
+        )
+    )
+
+
+def caught(run: Callable[[], str | None]) -> str | None:
+    """What `run` says, or that kernels do not run here."""
     from triton.errors import TritonError
 
-    generator = torch.Generator().manual_seed(0)
     try:
-        return _linear_failure(
-            device, _weight(bits, group_size, symmetric, dtype, generator), dtype, linear, generator
-        ) or _experts_failure(
-            device,
-            [_weight(bits, group_size, symmetric, dtype, generator) for _ in range(EXPERTS)],
-            dtype,
-            linear_experts,
-            generator,
-        )
+        return run()
     except torch.OutOfMemoryError:
         raise
     # RuntimeError: triton's "Triton Error [CUDA]" and missing C compiler, torch's CUDA errors.

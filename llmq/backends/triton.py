@@ -31,8 +31,8 @@ class Triton(Holder):
     min_triton: tuple[int, int] = (3, 6)
     check: Callable[[torch.device, int, int, bool, torch.dtype], str | None] = selfcheck.failure
 
-    def why_not(self, layer: Layer) -> str | None:
-        device = layer.weight_packed.device
+    def why_not_on(self, device: torch.device) -> str | None:
+        """Why no kernel can run there, as a sentence; None if some can."""
         if device.type != "cuda":
             return f"the weight is on {device.type}, not on a CUDA GPU."
         if torch.version.hip is not None:
@@ -49,6 +49,12 @@ class Triton(Holder):
                 f"this GPU has compute capability {found[0]}.{found[1]}; the kernels need "
                 f"{self.min_capability[0]}.{self.min_capability[1]} (Ampere) or newer."
             )
+        return None
+
+    def why_not(self, layer: Layer) -> str | None:
+        device = layer.weight_packed.device
+        if why := self.why_not_on(device):
+            return why
         if layer.scheme.group_size not in layout.GROUP_SIZES:
             sizes = ", ".join(map(str, layout.GROUP_SIZES))
             return f"group_size={layer.scheme.group_size}: the kernels know {sizes}."

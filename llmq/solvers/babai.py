@@ -64,9 +64,21 @@ class Pass:
 
     def round(self, start: int, stop: int, debt: Tensor, nearest: Nearest) -> None:
         """Round columns start..stop; `debt` is used up."""
-        R = self.R[start:stop, start:stop].contiguous()
-        shares = (1 / R.diagonal()).tolist()
-        for i in range(stop - start):
-            column = self.columns[start + i]
-            column.sub_(nearest(start + i, torch.add(column, debt[i], alpha=shares[i])))
-            debt[i + 1 :].addr_(R[i, i + 1 :], column)
+        own = self.R[start:stop, start:stop]
+        round_block(self.columns[start:stop], debt, own, lambda i, w: nearest(start + i, w))
+
+
+def round_block(columns: Tensor, debt: Tensor, R: Tensor, nearest: Nearest) -> None:
+    """Round columns (C, N), which count from 0; what each has lost takes its place.
+
+    Args:
+        columns: see above.
+        debt: (C, N), what the columns before these have lost; it is used up.
+        R: (C, C), of these columns.
+        nearest: rounds a column.
+    """
+    R = R.contiguous()
+    shares = (1 / R.diagonal()).tolist()
+    for i, column in enumerate(columns):
+        column.sub_(nearest(i, torch.add(column, debt[i], alpha=shares[i])))
+        debt[i + 1 :].addr_(R[i, i + 1 :], column)

@@ -25,6 +25,7 @@ from llmq.moments import quadratic
 from llmq.scheme import QuantizedWeight, QuantScheme, stored
 from llmq.solvers import Rounding, Solver, over
 from llmq.solvers.gptq import GPTQ, alive
+from llmq.solvers.loops import moved_codes
 
 PANEL = 128  # columns between two updates of everything else in a wider group
 MOST = 4.0  # a scale changes at most by this factor in one step
@@ -143,27 +144,12 @@ class _Descent:
 
         `residual` holds (delta H) of these columns in its first rows; it stays as it is.
         """
-        H = self.H[start:stop, start:stop]
-        pivots, scale, qmax = H.diagonal(), self.scale[g], self.q.scheme.qmax
-        follows = H / pivots  # row j: by what a step of column j brings all columns nearer
-        found = self.codes[start:stop].T.contiguous()  # (N, columns)
-        codes, rows = found.clone(), torch.arange(len(found), device=found.device)
+        H, scale = self.H[start:stop, start:stop], self.scale[g]
         # How many steps every code is from its best place, as long as no other moves.
-        away = (residual[: stop - start] / (pivots.unsqueeze(1) * scale)).T.contiguous()
-        for _ in range(len(pivots)):
-            steps = (codes + away).round_().clamp_(0, qmax).sub_(codes)
-            gains = away.mul(2).sub_(steps).mul_(steps).mul_(pivots)
-            most, columns = gains.max(1, keepdim=True)
-            live = (most > 0).flatten().nonzero().flatten()
-            if not len(live):
-                break
-            rows, codes, away = rows[live], codes[live], away[live]
-            columns, steps = columns[live], steps[live].gather(1, columns[live])
-            codes.scatter_add_(1, columns, steps)
-            found[rows, columns.flatten()] += steps.flatten()
-            away.addcmul_(follows[columns.flatten()], steps, value=-1)
-        moves = (self.codes[start:stop] - found.T).mul_(scale)
-        self.codes[start:stop] = found.T
+        away = residual[: stop - start] / (H.diagonal().unsqueeze(1) * scale)
+        found = moved_codes(self.codes[start:stop], away, H, self.q.scheme.qmax)
+        moves = (self.codes[start:stop] - found).mul_(scale)
+        self.codes[start:stop] = found
         return moves
 
     def value(self) -> QuantizedWeight:

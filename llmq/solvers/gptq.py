@@ -24,6 +24,7 @@ from llmq.scheme import QuantizedWeight, QuantScheme, grouped, minmax_grid
 from llmq.solvers import Rounding
 from llmq.solvers.babai import BLOCK, Pass
 from llmq.solvers.grid import AT_ONCE, by_column, search_grid
+from llmq.solvers.loops import round_columns
 from llmq.solvers.trials import tried_grid
 
 Order = Literal["group", "static", "none"]
@@ -112,7 +113,7 @@ class _Run:
         count, N = len(order) // width, W.shape[0]
         self.scale = W.new_empty(count, N, dtype=torch.float32)
         self.zero = torch.empty_like(self.scale)
-        self.group = (order // width).tolist()  # of each column, in the order of the pass
+        self.group = order // width  # of each column, in the order of the pass
         if not dynamic:
             inverse = order.argsort()
             weights = self.column_weights[inverse].unflatten(0, (-1, width))
@@ -132,7 +133,14 @@ class _Run:
             debt = self.babai.debt(start, stop)
             if self.dynamic and start % self.width == 0:
                 self.choose_grid(start, debt)  # a group of more than BLOCK columns is a whole row
-            self.babai.round(start, stop, debt, self.nearest)
+            self.codes[start:stop] = round_columns(
+                self.babai.columns[start:stop],
+                debt,
+                self.babai.R[start:stop, start:stop],
+                (self.scale, self.zero),
+                self.group[start:stop],
+                self.scheme.qmax,
+            )
         inverse = self.order.argsort()
         return QuantizedWeight(
             self.scheme,
@@ -143,7 +151,7 @@ class _Run:
 
     def choose_grid(self, start: int, debt: Tensor) -> None:
         """Grid of the group that begins at column `start`, from its weights as they are now."""
-        own, g = slice(start, start + self.width), self.group[start]
+        own, g = slice(start, start + self.width), int(self.group[start])
         columns = self.babai.wanted(own.start, own.stop, debt)  # (G, N)
         if self.trials:
             U = inverted(self.babai.R[own, own])
@@ -153,11 +161,3 @@ class _Run:
             parts = [self.grid(p.T.contiguous(), weights) for p in columns.split(step, dim=1)]
             found = (torch.cat(values) for values in zip(*parts, strict=True))
         self.scale[g], self.zero[g] = found
-
-    def nearest(self, number: int, wanted: Tensor) -> Tensor:
-        """Round the column `number` of the pass (N,)."""
-        g = self.group[number]
-        scale, zero = self.scale[g], self.zero[g]
-        code = wanted.div_(scale).round_().add_(zero).clamp_(0, self.scheme.qmax)
-        self.codes[number] = code
-        return code.sub_(zero).mul_(scale)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llmq.scheme import QuantScheme, stored
 from llmq.solvers.grid import AT_ONCE, by_column, shortlist
+from llmq.solvers.loops import trial_errors
 
 NEAR = (0.88, 0.91, 0.94, 0.97, 1.03, 1.06, 1.09, 1.12)  # of the best scale so far
 
@@ -51,22 +52,7 @@ def _best(
     columns: Tensor, U: Tensor, scales: Tensor, zeros: Tensor, qmax: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of C grids, `scales` and `zeros` (C, N), the best one of every row and its error, (N,)."""
-    errors = _errors(columns, U, scales, zeros, qmax)
+    errors = trial_errors(columns, U, scales, zeros, qmax)
     best = errors.argmin(0, keepdim=True)
     scale, zero, error = (t.gather(0, best)[0] for t in (scales, zeros, errors))
     return scale, zero, error
-
-
-def _errors(columns: Tensor, U: Tensor, scales: Tensor, zeros: Tensor, qmax: int) -> Tensor:
-    """What GPTQ's pass over the columns (G, N) loses with each of C grids: (C, N)."""
-    C, N = scales.shape
-    columns = columns.repeat(1, C)  # (G, C * N)
-    scale, zero = scales.reshape(-1), zeros.reshape(-1)
-    total = torch.zeros_like(scale)
-    for i, pivot in enumerate(U.diagonal().tolist()):
-        w = columns[i]
-        error = w.div(scale).round_().add_(zero).clamp_(0, qmax).sub_(zero).mul_(scale)
-        torch.sub(w, error, out=error).mul_(1 / pivot)
-        total.addcmul_(error, error)
-        columns[i + 1 :].addr_(U[i, i + 1 :], error, alpha=-1)
-    return total.view(C, N)
