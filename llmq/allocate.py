@@ -1,20 +1,24 @@
-"""Which bits for which layers: the exact minimum of predicted loss under a budget of bits.
+"""Which format for which layers: the exact minimum of predicted loss under a budget of bits.
 
-A multiple-choice knapsack: one choice of bits per unit (layers that must share a number format),
+A multiple-choice knapsack: one choice per unit (layers that must share a number format),
 the sum of costs at most the budget. Solved by dynamic programming over the budget.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from llmq.errors import SchemeError
 
 STEPS = 40_000  # the budget is cut into at most so many steps; costs are rounded up to them
+
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Choice:
     loss: float
 
 
-def allocate(units: Mapping[str, Mapping[int, Choice]], budget: int) -> dict[str, int]:
+def allocate(units: Mapping[str, Mapping[Key, Choice]], budget: int) -> dict[str, Key]:
     """The key of the best choice for every unit.
 
     Exact where the budget is at most `STEPS` times the greatest common divisor of all costs;
@@ -48,7 +52,7 @@ def allocate(units: Mapping[str, Mapping[int, Choice]], budget: int) -> dict[str
     step = _step(units, budget)
     size = budget // step + 1
     best = torch.zeros(size, dtype=torch.float64)  # least loss within each budget
-    taken: list[tuple[list[int], torch.Tensor]] = []
+    taken: list[tuple[list[Key], torch.Tensor]] = []
     for choices in units.values():
         keys = list(choices)
         rows = torch.full((len(keys), size), math.inf, dtype=torch.float64)
@@ -69,7 +73,7 @@ def allocate(units: Mapping[str, Mapping[int, Choice]], budget: int) -> dict[str
     return {name: result[name] for name in units}
 
 
-def _step(units: Mapping[str, Mapping[int, Choice]], budget: int) -> int:
+def _step(units: Mapping[str, Mapping[Key, Choice]], budget: int) -> int:
     """The greatest common divisor of all costs, if that is fine enough."""
     divisor = math.gcd(*(c.cost for choices in units.values() for c in choices.values()))
     return max(divisor, -(-budget // STEPS))

@@ -82,7 +82,9 @@ def quantize(
         quality: "fast", "balanced" (the default) or "best", see `llmq.ladder`.
         method: instead of a quality, "rtn", "gptq", "awq" or "awq+gptq".
         bits, group_size, symmetric: the number format, see `QuantScheme`. Bits that are no whole
-            number are an average: layers get 2, 3, 4, 5, 6 or 8, see `sensitivity`.
+            number are an average: layers get 2, 3, 4, 5, 6 or 8, and larger groups than
+            `group_size` where bits for codes are worth more than scales, in the same number of
+            bytes; see `sensitivity`.
         mixed: `bits` is an average even if it is a whole number.
         target_size: instead of bits, what the files of weights may take: bytes, or "500MB".
         widths: that an average is made of; engines other than llmq read 4 and 8.
@@ -96,7 +98,7 @@ def quantize(
             stay as they are. Engines other than transformers do not read them.
         tune_scales: steps of tuning all scales together in the end, which holds the whole packed
             model in memory (see `llmq.tuning`); 0 = none, None = as the quality has it: 240 with
-            best, 60 with balanced below 3 bits or at 3 on average.
+            best, 90 with balanced below 3 bits or at 3 on average.
         codebook: "nf4" or "learned" (a table per row) instead of integers, see `llmq.codebook`;
             only llmq loads the result.
         outliers: with a code book: share of every row's weights that is kept beside it.

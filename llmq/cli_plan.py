@@ -145,6 +145,7 @@ def sensitivity(
     console = start(as_json)
     from llmq import api
     from llmq.report import sensitivity_table
+    from llmq.scheme import QuantScheme
     from llmq.sensitivity import allocation, predicted
 
     units = api.sensitivity(
@@ -160,10 +161,10 @@ def sensitivity(
         join=join.value,
         bos=bos,
     )
-    widths = allocation(units, bits)
-    kl = predicted(units, widths, matched=True)
-    several = bits % 1 == 0 and len(set(widths.values())) > 1
-    console.print(sensitivity_table(units, widths))
+    schemes = allocation(units, bits, QuantScheme(4, group_size, symmetric))
+    kl = predicted(units, schemes, matched=True)
+    several = bits % 1 == 0 and len(set(schemes.values())) > 1
+    console.print(sensitivity_table(units, schemes))
     gain = sorted(units, key=lambda unit: -unit.kl[4] / unit.weights)[:3]
     console.print(
         f"Predicted KL {kl:.4f} at {bits:g} bits on average with --quality balanced, on text like "
@@ -174,5 +175,6 @@ def sensitivity(
         highlight=False,
         soft_wrap=True,
     )
-    entries = [{**asdict(unit), "bits": widths[unit.names[0]]} for unit in units]
+    given = {name: vars(scheme) for name, scheme in schemes.items()}
+    entries = [{**asdict(unit), **given[unit.names[0]]} for unit in units]
     finish({"bits": bits, "predicted_kl": kl, "layers": entries}, as_json)

@@ -111,15 +111,14 @@ def allocated(
     device: str,
     seed: int,
 ) -> tuple[Recipe, float]:
-    """`recipe` with a width for every layer, so that their average is `bits` at most.
+    """`recipe` with a number format for every layer, in the size that `bits` on average take.
 
     Returns:
         also the KL divergence to the full model that is predicted, in nats per token.
     """
     units = scan(name, windows, recipe, device, seed)
-    found = allocation(units, bits, widths)
-    schemes = {n: dataclasses.replace(recipe.scheme, bits=b) for n, b in found.items()}
-    return dataclasses.replace(recipe, schemes=schemes), predicted(units, found, recipe.match)
+    schemes = allocation(units, bits, recipe.scheme, widths)
+    return dataclasses.replace(recipe, schemes=schemes), predicted(units, schemes, recipe.match)
 
 
 def scan(name: str, windows: Tensor, recipe: Recipe, device: str, seed: int) -> list[Sensitivity]:

@@ -18,6 +18,7 @@ from llmq.page import report_page
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from llmq.scheme import QuantScheme
     from llmq.sensitivity import Sensitivity
     from llmq.store import LayerReport
 
@@ -161,8 +162,8 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     return made
 
 
-def sensitivity_table(units: Sequence[Sensitivity], widths: Mapping[str, int]) -> Table:
-    """Predicted KL of every group of layers at every width, and the width that it gets."""
+def sensitivity_table(units: Sequence[Sensitivity], schemes: Mapping[str, QuantScheme]) -> Table:
+    """Predicted KL of every group of layers at every width, and what it gets: bits, groups."""
     most = max(unit.kl[4] / unit.weights for unit in units)
     rows = []
     for unit in units:
@@ -170,7 +171,9 @@ def sensitivity_table(units: Sequence[Sensitivity], widths: Mapping[str, int]) -
         leaves = "+".join(name.rpartition(".")[2] for name in unit.names)
         bar = "#" * math.ceil(20 * unit.kl[4] / unit.weights / most) if most > 0 else ""
         losses = (f"{kl:.2e}" for kl in unit.kl.values())
-        rows.append((f"{stem}.{leaves}", *losses, bar, str(widths[unit.names[0]])))
+        scheme = schemes[unit.names[0]]
+        given = f"{scheme.bits} g{scheme.group_size}" if unit.wider else str(scheme.bits)
+        rows.append((f"{stem}.{leaves}", *losses, bar, given))
     heads = [f"KL at {bits}" for bits in units[0].kl]
     return table("", ["layers", *heads, "4-bit KL per weight", "bits"], rows)
 

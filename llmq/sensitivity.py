@@ -16,8 +16,9 @@ that of GuidedQuant (Kim et al. 2025, arXiv 2505.07004), used to allocate.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -38,7 +39,7 @@ from llmq.blocks import (
 )
 from llmq.errors import NonFiniteError, SchemeError
 from llmq.moments import capped, weight_roots
-from llmq.scheme import BITS, QuantScheme
+from llmq.scheme import BITS, GROUP_SIZES, QuantScheme
 from llmq.solvers.descent import Polished, row_errors
 from llmq.solvers.feedback import Feedback, share_left
 from llmq.solvers.gptq import GPTQ
@@ -63,12 +64,31 @@ class Sensitivity:
     Attributes:
         names: of the matrices; engines fuse them, so they share a number format.
         weights: how many weights they have together.
+        columns: of each.
         kl: bits -> predicted KL to the full-precision model, nats per token.
+        wider: the same with larger groups that divide the columns: their size -> bits -> KL.
     """
 
     names: tuple[str, ...]
     weights: int
+    columns: int
     kl: dict[int, float]
+    wider: dict[int, dict[int, float]] = field(default_factory=dict)
+
+    def choices(self, asked: QuantScheme, widths: Sequence[int]) -> dict[QuantScheme, Choice]:
+        """What each of its number formats costs, in bits with scales and zero points, and loses."""
+        groups = {asked.group_size: self.kl, **self.wider}
+        formats = {
+            replace(asked, bits=bits, group_size=size): kl[bits]
+            for size, kl in groups.items()
+            for bits in widths
+        }
+        return {f: Choice(self.cost(f, f.bits), kl) for f, kl in formats.items()}
+
+    def cost(self, scheme: QuantScheme, bits: float) -> int:
+        """Bits that it takes with so many per code, on average."""
+        few, many = (replace(scheme, bits=b).bits_per_weight(self.columns) for b in (4, 8))
+        return math.floor(self.weights * (few + (many - few) * (bits - 4) / 4) + 0.5)
 
 
 def sensitivities(
@@ -113,21 +133,41 @@ def sensitivities(
     found = []
     for names in groups:
         weights = {name: modules[name].get_parameter("weight").data for name in names}
-        parts = [
-            _predict(W, moments[n] * left.get(n, 1.0), group_size, symmetric)
-            for n, W in weights.items()
-        ]
-        kl = {bits: sum(part[bits] for part in parts) for bits in WIDTHS}
-        found.append(Sensitivity(tuple(names), sum(W.numel() for W in weights.values()), kl))
+        columns = next(iter(weights.values())).shape[-1]
+        kl = {}
+        for size in (group_size, *_wider(group_size, columns)):
+            parts = [
+                _predict(W, moments[n] * left.get(n, 1.0), size, symmetric)
+                for n, W in weights.items()
+            ]
+            kl[size] = {bits: sum(part[bits] for part in parts) for bits in WIDTHS}
+        count = sum(W.numel() for W in weights.values())
+        found.append(Sensitivity(tuple(names), count, columns, kl.pop(group_size), kl))
     return found
 
 
-def allocation(
-    units: Sequence[Sensitivity], bits: float, widths: Sequence[int] = WIDTHS
-) -> dict[str, int]:
-    """One of `widths` for every matrix: least predicted KL at an average of at most `bits`.
+def _wider(group_size: int, columns: int) -> list[int]:
+    """Larger groups than those that are asked for, of which a row has some."""
+    return [g for g in GROUP_SIZES if 0 < group_size < g and columns % g == 0]
 
-    Where one width for all is predicted to lose little more, it is that.
+
+def allocation(
+    units: Sequence[Sensitivity],
+    bits: float,
+    asked: QuantScheme,
+    widths: Sequence[int] = WIDTHS,
+) -> dict[str, QuantScheme]:
+    """A number format for every matrix: least predicted KL in as many bits as an average takes.
+
+    What is kept is the size: that of codes with `bits` on average, in groups of the size that is
+    asked for, with scales (16 bits each) and zero points. Larger groups save some of these, which
+    buys bits for codes. Where one width for all is predicted to lose little more, it is that.
+
+    Args:
+        units: every layer's share.
+        bits: the average.
+        asked: symmetry and smallest groups.
+        widths: that codes may have.
 
     Raises:
         SchemeError: `bits` is below the smallest width, or a width was not measured.
@@ -136,27 +176,28 @@ def allocation(
         raise SchemeError(f"widths={list(widths)}: use some of {', '.join(map(str, WIDTHS))}.")
     if bits < min(widths):
         raise SchemeError(f"bits={bits:g}: no average of widths from {min(widths)} up.")
-    choices = {
-        unit.names[0]: {b: Choice(unit.weights * b, unit.kl[b]) for b in widths} for unit in units
-    }
-    total = sum(unit.weights for unit in units)
-    chosen = allocate(choices, int(total * bits))
+    choices = {unit.names[0]: unit.choices(asked, widths) for unit in units}
+    chosen = allocate(choices, sum(unit.cost(asked, bits) for unit in units))
     if bits in widths:
-        lost = sum(unit.kl[chosen[unit.names[0]]] for unit in units)
+        lost = sum(choices[name][scheme].loss for name, scheme in chosen.items())
         if lost > WORTH * sum(unit.kl[int(bits)] for unit in units):
-            chosen = dict.fromkeys(chosen, int(bits))
+            chosen = dict.fromkeys(chosen, replace(asked, bits=int(bits)))
     return {name: chosen[unit.names[0]] for unit in units for name in unit.names}
 
 
-def predicted(units: Sequence[Sensitivity], bits: dict[str, int], matched: bool) -> float:
+def predicted(
+    units: Sequence[Sensitivity], schemes: Mapping[str, QuantScheme], matched: bool
+) -> float:
     """KL to the full-precision model that an allocation is predicted to have.
 
     Args:
         units: every layer's share.
-        bits: matrix -> width.
+        schemes: matrix -> number format.
         matched: whether layers will be fitted to the full-precision stream (`Recipe.match`).
     """
-    return sum(unit.kl[bits[unit.names[0]]] for unit in units) * (MATCHED if matched else 1)
+    own = [(unit, schemes[unit.names[0]]) for unit in units]
+    lost = sum(unit.wider.get(s.group_size, unit.kl)[s.bits] for unit, s in own)
+    return lost * (MATCHED if matched else 1)
 
 
 @torch.no_grad()

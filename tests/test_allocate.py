@@ -84,15 +84,14 @@ def test_mixed_widths_beat_uniform_ones_and_predictions_hold():
         n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "layers" in n
     }
     found = {}
-    for label, bits in (
-        ("mixed", allocation(units, 3.0)),
-        ("uniform", {n: 3 for u in units for n in u.names}),
+    for label, schemes in (
+        ("mixed", allocation(units, 3.0, QuantScheme(4, 64))),
+        ("uniform", {n: QuantScheme(3, 64) for u in units for n in u.names}),
     ):
         result = copy.deepcopy(model)
-        schemes = {name: QuantScheme(b, 64) for name, b in bits.items()}
         list(quantize(result, batches, Recipe(solver=Polished(), schemes=schemes)))
         found[label] = divergence(model, result, test)
-        assert 0.5 < predicted(units, bits, matched=False) / found[label] < 1.5
+        assert 0.5 < predicted(units, schemes, matched=False) / found[label] < 1.5
     assert found["mixed"] < 0.9 * found["uniform"]
 
 
@@ -101,19 +100,19 @@ def test_fused_layers_share_a_width(name):
     model: Any = tiny_model(name, dtype=torch.float32).eval()
     before = {n: t.clone() for n, t in model.state_dict().items()}
     units = sensitivities(model, batches(model, 1), 32, True)
-    bits = allocation(units, 3.4)
+    asked = QuantScheme(4, 32, True)
+    schemes = allocation(units, 3.4, asked)
     if name == "llama":
         for i in range(2):
             stem = f"model.layers.{i}."
-            assert len({bits[f"{stem}self_attn.{n}_proj"] for n in "qkv"}) == 1
-            assert bits[f"{stem}mlp.gate_proj"] == bits[f"{stem}mlp.up_proj"]
+            assert len({schemes[f"{stem}self_attn.{n}_proj"] for n in "qkv"}) == 1
+            assert schemes[f"{stem}mlp.gate_proj"] == schemes[f"{stem}mlp.up_proj"]
     assert all(unit.kl[8] < unit.kl[4] < unit.kl[2] for unit in units)
-    weights = sum(unit.weights * bits[unit.names[0]] for unit in units)
-    assert weights <= 3.4 * sum(unit.weights for unit in units)
+    stored = sum(u.weights * schemes[u.names[0]].bits_per_weight(u.columns) for u in units)
+    assert stored <= (3.4 + 16 / 32) * sum(unit.weights for unit in units)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
-    schemes = {n: QuantScheme(b, 32, True) for n, b in bits.items()}
     reports = list(quantize(model, batches(model), Recipe(schemes=schemes, match=True)))
-    assert {r.scheme.bits for r in reports} == set(bits.values())
+    assert {r.scheme for r in reports} == set(schemes.values())
 
 
 def test_an_overflow_is_an_error():
@@ -128,12 +127,41 @@ def test_one_width_for_all_where_several_gain_next_to_nothing():
         losses = {bits: 4.0**-bits for bits in WIDTHS}
         scales = {"a": 1.0, "b": ratio}
         return [
-            Sensitivity((n,), 64, {b: k * x for b, x in losses.items()}) for n, k in scales.items()
+            Sensitivity((n,), 64, 64, {b: k * x for b, x in losses.items()})
+            for n, k in scales.items()
         ]
 
-    assert allocation(units(4.2), 4) == {"a": 4, "b": 4}  # with 3 and 5 bits 5.05 instead of 5.2
-    assert allocation(units(40.0), 4) == {"a": 3, "b": 5}
-    assert allocation(units(4.2), 4.5) == {"a": 4, "b": 5}
+    def widths(ratio: float, bits: float) -> dict[str, int]:
+        found = allocation(units(ratio), bits, QuantScheme(4, 64))
+        return {name: scheme.bits for name, scheme in found.items()}
+
+    assert widths(4.2, 4) == {"a": 4, "b": 4}  # with 3 and 5 bits 5.05 instead of 5.2
+    assert widths(40.0, 4) == {"a": 3, "b": 5}
+    assert widths(4.2, 4.5) == {"a": 4, "b": 5}
+
+
+def test_larger_groups_pay_for_bits():
+    kl = {bits: 5.0**-bits for bits in WIDTHS}
+    wider = {64: {bits: 1.25 * lost for bits, lost in kl.items()}}
+    units = [Sensitivity((name,), 4096, 128, kl, wider) for name in "abc"]
+    asked = QuantScheme(4, 32, symmetric=False)
+    found = allocation(units, 3.5, asked)
+    given = sorted((scheme.bits, scheme.group_size) for scheme in found.values())
+    assert given == [(3, 32), (4, 64), (4, 64)]  # with groups of 32 alone 3, 3 and 4 bits
+    budget = 3 * 4096 * (3.5 + (16 + 3.5) / 32)
+    assert sum(4096 * s.bits_per_weight(128) for s in found.values()) <= budget
+    assert predicted(units, found, matched=False) == pytest.approx(2 * 1.25 / 5**4 + 1 / 5**3)
+    dear = {64: {bits: 9 * lost for bits, lost in kl.items()}}
+    units = [Sensitivity((name,), 4096, 128, kl, dear) for name in "abc"]
+    assert {s.group_size for s in allocation(units, 3.5, asked).values()} == {32}
+
+
+def test_only_groups_that_rows_divide_into_are_tried():
+    model: Any = tiny_model("llama", dtype=torch.float32).eval()
+    for asked in (32, 64, -1):
+        for unit in sensitivities(model, batches(model, 1), asked, True):
+            larger = [g for g in (32, 64, 128) if 0 < asked < g and unit.columns % g == 0]
+            assert sorted(unit.wider) == larger
 
 
 @pytest.mark.parametrize(
