@@ -115,8 +115,9 @@ def _introduction(report: Mapping[str, Any], base: str | None) -> str:
 def _format(report: Mapping[str, Any]) -> str:
     widths = sorted({layer["bits"] for layer in _matrices(report) if "bits" in layer})
     bits = " and ".join(map(str, widths)) if len(widths) > 1 else str(report["bits"])
-    group = report["group_size"]
-    groups = "one group per row" if group == -1 else f"groups of {group}"
+    sizes = sorted({layer["group_size"] for layer in _matrices(report) if "group_size" in layer})
+    sizes = sizes if len(sizes) > 1 else [report["group_size"]]
+    groups = "one group per row" if sizes == [-1] else f"groups of {' and '.join(map(str, sizes))}"
     if book := report.get("codebook"):
         kind = "NF4" if book == "nf4" else f"a learned table of {bits} bits per row"
         share = report["outliers"]

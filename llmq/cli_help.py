@@ -52,8 +52,8 @@ SENSITIVITY = (
     "Say which layers must keep more bits.\n\n"
     "For every group of layers that engines fuse: the predicted KL to the full-precision model if "
     "only these were rounded, at 2 to 8 bits, from one backward pass over a little text; "
-    "and the widths and groups that lose least at an average of --bits, which is what llmq quantize "
-    "--bits 3.5 uses. The whole model must fit into memory.\n\n"
+    "and the widths and groups that lose least at an average of --bits, which is what llmq "
+    "quantize --bits 3.5 uses. The whole model must fit into memory.\n\n"
     "[bold]Example[/bold]\n\n"
     "llmq sensitivity ./model --bits 3.5 --group-size 64 --calibration text.txt"
 )

@@ -175,3 +175,21 @@ def test_sizes_are_read(text, size):
 def test_other_sizes_are_refused(text):
     with pytest.raises(SchemeError, match="500MB"):
         parse_size(text)
+
+
+def test_layers_with_groups_of_their_own_are_written_and_read(tmp_path):
+    from llmq import api
+    from llmq.card import _introduction
+    from llmq.nn import packed_modules
+
+    out = tmp_path / "mixed"
+    few = {"samples": 16, "seq_len": 64, "group_size": 32, "symmetric": False}
+    report = api.quantize(demo.model_path(), out, bits=3.5, quality="fast", **few)
+    given = {layer["name"]: (layer["bits"], layer["group_size"]) for layer in report["layers"]}
+    sizes = sorted({size for _, size in given.values()})
+    assert len(sizes) > 1
+    padding = 1.002  # ten zero points of 3 bits in a word of 32
+    assert report["bits_per_weight"] <= (3.5 + (16 + 3.5) / 32) * padding
+    read = {name: module.scheme for name, module in packed_modules(api.load(out))}
+    assert {name: (s.bits, s.group_size) for name, s in read.items()} == given
+    assert f"groups of {' and '.join(map(str, sizes))}" in _introduction(report, None)
