@@ -190,6 +190,6 @@ def test_layers_with_groups_of_their_own_are_written_and_read(tmp_path):
     assert len(sizes) > 1
     padding = 1.002  # ten zero points of 3 bits in a word of 32
     assert report["bits_per_weight"] <= (3.5 + (16 + 3.5) / 32) * padding
-    read = {name: module.scheme for name, module in packed_modules(api.load(out))}
+    read: dict[str, Any] = {name: m.scheme for name, m in packed_modules(api.load(out))}
     assert {name: (s.bits, s.group_size) for name, s in read.items()} == given
     assert f"groups of {' and '.join(map(str, sizes))}" in _introduction(report, None)
