@@ -103,7 +103,7 @@ def with_tuning(recipe: Recipe, bits: float, mixed: bool, steps: int | None) -> 
     """`recipe` with scales tuned for as many steps as asked for, or as it is done at that width.
 
     Fewer than 3 bits leave so much to gain that `balanced` tunes briefly: 90 steps lower the KL
-    of 2 bits by about an eighth, for a third of its time.
+    of 2 bits by about an eighth, for a third of the time.
 
     Args:
         recipe: its rung's; a number format is already chosen.

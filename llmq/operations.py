@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llmq.needs import JUDGED, TRIALS, tuning_piece
+from llmq.scheme import wider_groups
 from llmq.sizes import Group, Job, Shape
 
 KINDS = ("model", "float32", "float64", "elements", "steps", "bytes")
@@ -60,7 +61,8 @@ def operations(shape: Shape, job: Job) -> dict[str, float]:
     if job.scan:
         weights = shape.blocks * sum(g.active * g.rows * g.columns for g in shape.groups)
         total["model"] += 6 * min(job.tokens, 32 * job.window) * weights
-        per_width = sum(g.weights * (g.columns + COPIES) for g in shape.groups)
+        tried = {g: 1 + len(wider_groups(job.group, g.columns)) for g in shape.groups}
+        per_width = sum(tried[g] * g.weights * (g.columns + COPIES) for g in shape.groups)
         total["float32"] += 4 * shape.blocks * per_width
     return total
 

@@ -71,6 +71,11 @@ class QuantScheme:
         return self.bits + overhead / self.group_width(in_features)
 
 
+def wider_groups(group_size: int, in_features: int) -> list[int]:
+    """Larger groups than those of `group_size` weights that a row of `in_features` divides into."""
+    return [g for g in GROUP_SIZES if 0 < group_size < g and in_features % g == 0]
+
+
 @dataclass(frozen=True)
 class Undivided:
     """Matrices of one input width that the group size does not divide.

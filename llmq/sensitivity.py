@@ -39,7 +39,7 @@ from llmq.blocks import (
 )
 from llmq.errors import NonFiniteError, SchemeError
 from llmq.moments import capped, weight_roots
-from llmq.scheme import BITS, GROUP_SIZES, QuantScheme
+from llmq.scheme import BITS, QuantScheme, wider_groups
 from llmq.solvers.descent import Polished, row_errors
 from llmq.solvers.feedback import Feedback, share_left
 from llmq.solvers.gptq import GPTQ
@@ -135,7 +135,7 @@ def sensitivities(
         weights = {name: modules[name].get_parameter("weight").data for name in names}
         columns = next(iter(weights.values())).shape[-1]
         kl = {}
-        for size in (group_size, *_wider(group_size, columns)):
+        for size in (group_size, *wider_groups(group_size, columns)):
             parts = [
                 _predict(W, moments[n] * left.get(n, 1.0), size, symmetric)
                 for n, W in weights.items()
@@ -144,11 +144,6 @@ def sensitivities(
         count = sum(W.numel() for W in weights.values())
         found.append(Sensitivity(tuple(names), count, columns, kl.pop(group_size), kl))
     return found
-
-
-def _wider(group_size: int, columns: int) -> list[int]:
-    """Larger groups than those that are asked for, of which a row has some."""
-    return [g for g in GROUP_SIZES if 0 < group_size < g and columns % g == 0]
 
 
 def allocation(

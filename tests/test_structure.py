@@ -25,7 +25,6 @@ LEVELS = [
     {"ahead", "ranks", "needs", "held", "cli_common"},
     {
         "allocate",
-        "operations",
         "scheme",
         "markup",
         "formats.bits",
@@ -36,7 +35,7 @@ LEVELS = [
         "decode",
         "shards",
     },
-    {"codebook", "formats.kquants", "formats.parts", "states"},
+    {"operations", "codebook", "formats.kquants", "formats.parts", "states"},
     {"formats.codebook", "superblocks"},
     {"formats.superblocks", "number_formats"},
     {
