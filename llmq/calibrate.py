@@ -8,15 +8,16 @@ window then starts with the tokenizer's BOS, followed by seq_len - 1 tokens of t
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmq.errors import CalibrationError
-from llmq.text import Source, describe, load_text
+from llmq.text import Source, describe, load_text, several
 
 
 def token_windows(
@@ -34,7 +35,8 @@ def token_windows(
     """Cut a source of text into windows of token ids.
 
     Args:
-        source: see `llmq.text`.
+        source: see `llmq.text`. Of several, each gives the same number of windows (the first ones
+            one more where that does not come out even), and they take turns.
         tokenizer: of transformers; may be None if `source` holds token ids.
         seq_len: tokens per window.
         samples: how many windows; None = all there are.
@@ -55,6 +57,11 @@ def token_windows(
         raise CalibrationError(f"seq_len={seq_len}: a window needs at least 2 tokens.")
     if samples is not None and samples < 1:
         raise CalibrationError(f"samples={samples}: at least 1 window is needed.")
+    if paths := several(source):
+        cut = functools.partial(
+            token_windows, tokenizer=tokenizer, seq_len=seq_len, seed=seed, join=join, bos=bos
+        )
+        return _in_turn(paths, cut, samples, spare)
     wanted = samples or 1
     stream, is_text = token_stream(
         source, tokenizer, join=join, max_tokens=seq_len * (wanted + spare)
@@ -79,6 +86,29 @@ def token_windows(
         first = torch.full((len(windows), 1), _bos_id(tokenizer))
         windows = torch.cat([first, windows], 1)
     return windows
+
+
+def _in_turn(
+    paths: Sequence[os.PathLike[str]], cut: Callable[..., Tensor], samples: int | None, spare: int
+) -> Tensor:
+    """Windows of several sources, one of each in turn; the spare ones are the first source's."""
+    if samples is None or samples < len(paths):
+        raise CalibrationError(
+            f"samples={samples}: {len(paths)} texts need {len(paths)} windows at least."
+        )
+    shares = [len(range(first, samples, len(paths))) for first in range(len(paths))]
+    extra = [spare] + [0] * (len(paths) - 1)
+    parts = [
+        cut(path, samples=share, spare=more)
+        for path, share, more in zip(paths, shares, extra, strict=True)
+    ]
+    windows = [
+        part[turn]
+        for turn in range(shares[0])
+        for part, share in zip(parts, shares, strict=True)
+        if turn < share
+    ]
+    return torch.stack([*windows, *parts[0][shares[0] :]])
 
 
 def check_variety(windows: Tensor) -> None:
@@ -135,7 +165,7 @@ def _given_ids(source: Source) -> Tensor | None:
         return None
     if not all(isinstance(row, Sequence) and not isinstance(row, str) for row in source):
         raise CalibrationError("Token ids must be a list of lists of integers, or a tensor.")
-    flat = [token for row in source for token in row]
+    flat = [token for row in source if isinstance(row, Sequence) for token in row]
     if not all(isinstance(token, int) for token in flat):
         raise CalibrationError("Token ids must be integers.")
     return torch.tensor(flat, dtype=torch.int64)

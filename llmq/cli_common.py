@@ -58,7 +58,12 @@ GroupSize = Annotated[
     int, typer.Option(help="Weights that share a scale: 32, 64, 128; -1 = a whole row.")
 ]
 Symmetric = Annotated[bool, typer.Option("--symmetric/--asymmetric")]
-Calibration = Annotated[str | None, typer.Option(help=f"Text to calibrate on: {cli_help.TEXT}")]
+Calibration = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TEXT", help=f"To calibrate on: {cli_help.TEXT} Repeatable: equal parts of each."
+    ),
+]
 Samples = Annotated[int, typer.Option(help="Windows of calibration text.")]
 SeqLen = Annotated[
     int | None, typer.Option(help="Tokens per window. (default: 512, or the model's limit)")
@@ -101,6 +106,13 @@ def finish(result: dict[str, Any], as_json: bool) -> None:
     """The last line of standard output, if a program reads it."""
     if as_json:
         print(json.dumps(result, allow_nan=False, default=str))
+
+
+def source(texts: list[str] | None) -> str | list[Path] | None:
+    """What `--calibration` was given: nothing, one source of text or several."""
+    if not texts:
+        return None
+    return texts[0] if len(texts) == 1 else [Path(text) for text in texts]
 
 
 def numbers(option: str, text: str) -> list[int]:

@@ -28,7 +28,8 @@ QUANTIZE = (
     "[bold]llama.cpp?[/bold] --k-quants solves in its super-blocks: Q2_K to Q6_K, by --bits. "
     "llmq convert --format gguf then changes nothing; other engines do not read the result.\n\n"
     "[bold]Which text?[/bold] Text like that which the model will see, 65,000 tokens or more; "
-    "never the text you evaluate on.\n\n"
+    "never the text you evaluate on. Several texts in equal parts: --calibration more than once. "
+    "None at hand: llmq write.\n\n"
     "[bold]Examples[/bold]\n\n"
     "llmq quantize ./model ./model-4bit --calibration c4.txt\n\n"
     "llmq quantize Qwen/Qwen3-8B ./qwen3 --quality fast --calibration chats.jsonl\n\n"
@@ -99,6 +100,17 @@ CORRECT = (
     "beside each packed one. Experts of mixtures and layers that AWQ rescaled take none.\n\n"
     "[bold]Example[/bold]\n\n"
     "llmq correct ./model ./model-2bit ./adapter --rank 32 --calibration c4.txt"
+)
+
+WRITE = (
+    "Let a model write text to calibrate it on.\n\n"
+    "It starts from nothing and draws from its own distribution: text of every kind it was trained "
+    "on, where there is none like that which it will see. Beside text of your own, it makes "
+    "calibration broader. The whole model must fit into memory, and every token takes one step of "
+    "decoding, 32 documents at a time: minutes on a GPU, far longer on CPUs.\n\n"
+    "[bold]Example[/bold]\n\n"
+    "llmq write ./model own.jsonl\n\n"
+    "llmq quantize ./model ./model-3bit --bits 3 --calibration own.jsonl --calibration c4.txt"
 )
 
 GENERATE = (

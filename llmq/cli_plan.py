@@ -8,13 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-from llmq import cli_help
 from llmq.cli_common import (
     Activations,
     ActivationsOption,
     AsJson,
     Bits,
     Bos,
+    Calibration,
     Device,
     GroupSize,
     Join,
@@ -31,6 +31,7 @@ from llmq.cli_common import (
     TuneScales,
     finish,
     numbers,
+    source,
     start,
 )
 
@@ -130,7 +131,7 @@ def sensitivity(
     bits: Annotated[float, typer.Option(help="Average for the allocation shown.")] = 4,
     group_size: Annotated[int, typer.Option(help="Weights that share a scale.")] = 128,
     symmetric: Symmetric = True,
-    calibration: Annotated[str | None, typer.Option(help=f"Text: {cli_help.TEXT}")] = None,
+    calibration: Calibration = None,
     samples: Annotated[int, typer.Option(help="Windows of text, 32 at most are used.")] = 32,
     seq_len: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
     skip: Annotated[
@@ -152,7 +153,7 @@ def sensitivity(
         src,
         group_size=group_size,
         symmetric=symmetric,
-        calibration=calibration,
+        calibration=source(calibration),
         samples=samples,
         seq_len=seq_len,
         skip=skip or (),

@@ -17,6 +17,7 @@ from llmq.cli_common import (
     Samples,
     SeqLen,
     finish,
+    source,
     start,
 )
 from llmq.errors import SchemeError
@@ -157,7 +158,7 @@ def correct(
         quantized,
         out,
         rank=rank,
-        calibration=calibration,
+        calibration=source(calibration),
         samples=samples,
         seq_len=seq_len,
         device=device,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmq.errors import SourceError
-from llmq.output import writing
+from llmq.output import write_whole
 from llmq.page import compare_page
 from llmq.report import read_report
 from llmq.stored import bits_per_weight, inspect_checkpoint
@@ -48,8 +48,7 @@ def write(out: Path, entries: Sequence[dict[str, Any]], protocol: str) -> None:
     Raises:
         OutputError: `out` cannot be written.
     """
-    with writing(out):
-        out.write_text(compare_page(entries, protocol), encoding="utf-8")
+    write_whole(out, compare_page(entries, protocol))
 
 
 def _divergences(folder: Path) -> dict[str, dict[str, Any]]:

@@ -5,7 +5,7 @@ LlmqError                      the CLI prints it as one line and exits with stat
 |   `-- NonFiniteError         a weight or an activation is NaN or infinite (names it)
 |-- SchemeError                bits, group size or symmetry that cannot hold this layer
 |-- CalibrationError           text that is missing, empty or too short
-|-- OutputError                the output folder exists, is not empty, or cannot be written
+|-- OutputError                the output exists, is not empty, or cannot be written
 |-- IntegrityError             what was computed or written is not usable; no folder was made
 |-- MemoryLimitError           this machine has too little memory for this run
 |-- ProcessError               another process of the same run has ended

@@ -25,7 +25,7 @@ from llmq.recipe import Recipe
 from llmq.scheme import QuantScheme
 from llmq.source import context_length
 from llmq.superblocks import SuperBlockScheme
-from llmq.text import Source, describe
+from llmq.text import Source, describe, several
 from llmq.verify import fingerprint
 
 SEQ_LEN = 512  # tokens of a calibration window, if nobody says
@@ -124,7 +124,9 @@ def window_length(config: Any, seq_len: int | None, default: int) -> int:
 
 
 def public_source(source: Source) -> str:
-    """A source of text in a few words, without the path of a file."""
+    """A source of text in a few words, without paths of files."""
+    if paths := several(source):
+        return ", ".join(map(public_name, paths))
     return public_name(source) if isinstance(source, str | os.PathLike) else describe(source)
 
 

@@ -21,6 +21,7 @@ _HERE = (
     "activations",
     "tell",
 )  # arguments that belong to this machine, not to the result
+_PATTERNS = ("skip",)  # lists of strings; others are documents
 
 
 def public_name(source: object) -> str:
@@ -82,7 +83,11 @@ def command(function: Callable[..., Any], given: Mapping[str, Any]) -> str:
             words.append(option if value else no)
         elif isinstance(value, str | os.PathLike):
             words += [option, public_name(value)]
-        elif isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
+        elif isinstance(value, list | tuple) and all(isinstance(v, os.PathLike) for v in value):
+            words += [word for v in value for word in (option, public_name(v))]
+        elif isinstance(value, list | tuple) and all(isinstance(v, int) for v in value):
+            words += [option, ",".join(map(str, value))]
+        elif name in _PATTERNS:
             words += [word for v in value for word in (option, v)]
         elif isinstance(value, int | float):
             words += [option, str(value)]

@@ -58,6 +58,22 @@ def writing(out: str | os.PathLike[str]) -> Iterator[None]:
         ) from error
 
 
+def write_whole(out: str | os.PathLike[str], text: str) -> None:
+    """Write a file, which takes the place of an older one when all of it is there.
+
+    Raises:
+        OutputError: it cannot be written; an older one is as it was.
+    """
+    target = Path(out).expanduser().resolve()
+    stage = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        with writing(out):
+            stage.write_text(text, encoding="utf-8")
+            stage.replace(target)
+    finally:
+        stage.unlink(missing_ok=True)
+
+
 @contextmanager
 def enough_memory() -> Iterator[None]:
     """Turn a lack of memory, of the machine or its GPU, into a MemoryLimitError."""

@@ -9,6 +9,8 @@ A *source* of text is one of
     "name[:config[:split]]"     a data set of the Hugging Face Hub (split: train)
     ["a document", ...]         strings
     [[1, 2, 3], ...] or an integer tensor     token ids, taken as they are (`llmq.calibrate`)
+    [Path("a.txt"), Path("b.jsonl"), ...]     several of the first five: equal parts of each, for
+                                calibration only (`llmq.calibrate.token_windows`)
 """
 
 from __future__ import annotations
@@ -23,7 +25,14 @@ from torch import Tensor
 
 from llmq.errors import CalibrationError
 
-Source: TypeAlias = str | os.PathLike[str] | Sequence[str] | Sequence[Sequence[int]] | Tensor
+Source: TypeAlias = (
+    str
+    | os.PathLike[str]
+    | Sequence[str]
+    | Sequence[Sequence[int]]
+    | Tensor
+    | Sequence[os.PathLike[str]]
+)
 
 JOINS = ("documents", "wikitext")
 _SUFFIXES = (".txt", ".raw", ".jsonl", ".parquet")
@@ -91,13 +100,23 @@ def describe(source: Source) -> str:
         return os.fspath(source)
     if isinstance(source, Tensor):
         return f"token ids {tuple(source.shape)}"
+    if paths := several(source):
+        return ", ".join(os.fspath(path) for path in paths)
     kind = "texts" if source and isinstance(source[0], str) else "token sequences"
     return f"{len(source)} {kind}"
 
 
+def several(source: Source) -> list[os.PathLike[str]]:
+    """The paths of a source that is several ones; [] if it is one."""
+    if isinstance(source, str | os.PathLike | Tensor):
+        return []
+    paths = [part for part in source if isinstance(part, os.PathLike)]
+    return paths if len(paths) == len(source) else []
+
+
 def _on_hub(source: Source) -> bool:
-    """Whether this string names a data set of the Hub and no file."""
-    return isinstance(source, str) and not Path(source).exists()
+    """Whether this names a data set of the Hub and no file."""
+    return isinstance(source, str | os.PathLike) and not Path(source).exists()
 
 
 def _rows(source: Source) -> Iterator[tuple[str, Any]]:

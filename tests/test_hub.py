@@ -326,6 +326,11 @@ def test_words_fit_to_be_published(tmp_path) -> None:
         "llmq quantize org/model out --bits 3 --asymmetric --calibration c.txt "
         "--skip a --skip 'b c'"
     )
+    several = {"calibration": [tmp_path / "own.jsonl", tmp_path / "c.txt"], "widths": [4, 8]}
+    said = command(llmq.quantize, {**defaults, **given, "skip": (), **several})
+    assert said.endswith("--widths 4,8 --asymmetric --calibration own.jsonl --calibration c.txt")
+    documents = command(llmq.quantize, {**defaults, **given, "calibration": ["a text", "more"]})
+    assert "--calibration '<list>'" in documents
 
 
 @pytest.mark.parametrize("content", ["no metadata", "---\n: [\n---\n", "---\nlicense: \n---\n"])

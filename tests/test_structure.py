@@ -84,7 +84,7 @@ LEVELS = [
     {"hf.loading", "hf.saving"},
     {"hf.outline", "hf.streaming"},
     {"hf"},
-    {"report", "generate", "gate"},
+    {"report", "generate", "gate", "writing"},
     {"stored", "opened"},
     {"source", "plan", "verify", "card", "comparison", "convert"},
     {"gguf_file"},

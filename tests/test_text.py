@@ -207,3 +207,23 @@ def test_too_little_text_says_how_much_was_found_and_needed() -> None:
         token_windows(torch.arange(31), None, seq_len=1)
     with pytest.raises(CalibrationError, match="at least 1 window"):
         token_windows(torch.arange(31), None, seq_len=4, samples=0)
+
+
+def test_several_texts_take_turns(tmp_path: Path) -> None:
+    tokenizer, sizes = tiny_tokenizer(), {"seq_len": 16, "bos": True}
+    paths = [tmp_path / "a.txt", tmp_path / "b.txt", tmp_path / "c.txt"]
+    for number, path in enumerate(paths):
+        path.write_text(tiny_text(2000, seed=number))
+    for seed in (None, 3):
+        found = token_windows(paths, tokenizer, samples=7, seed=seed, spare=1, **sizes)
+        assert found.shape == (8, 16)
+        for number, (path, share) in enumerate(zip(paths, (3, 2, 2), strict=True)):
+            spare = 1 if number == 0 else 0
+            alone = token_windows(path, tokenizer, samples=share, seed=seed, spare=spare, **sizes)
+            assert torch.equal(found[:7][number::3], alone[:share])
+            if spare:
+                assert torch.equal(found[7:], alone[share:])
+    with pytest.raises(CalibrationError, match="3 texts need 3 windows"):
+        token_windows(paths, tokenizer, samples=2, **sizes)
+    with pytest.raises(CalibrationError, match=r"none\.txt: no such file"):
+        token_windows([*paths, tmp_path / "none.txt"], tokenizer, samples=4, **sizes)
