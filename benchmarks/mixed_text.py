@@ -2,7 +2,8 @@
 
     python benchmarks/mixed_text.py OUT.txt TEXT TEXT ... [--piece 4000] [--pieces 100]
 
-Marks of articles (<doc ...>, </doc>), as WikiExtractor writes them, are left out.
+A TEXT is a file that `llmq quantize --calibration` takes, such as what `llmq write` makes. Marks
+of articles (<doc ...>, </doc>), as WikiExtractor writes them, are left out.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
+
+from llmq.text import load_text
 
 
 def pieces_of(text: str, length: int) -> list[str]:
@@ -25,7 +28,7 @@ def main() -> None:
     parser.add_argument("--piece", type=int, default=4000, help="characters")
     parser.add_argument("--pieces", type=int, default=100, help="of each text, at most")
     args = parser.parse_args()
-    texts = [pieces_of(p.read_text(encoding="utf-8"), args.piece) for p in args.texts]
+    texts = [pieces_of(load_text(path), args.piece) for path in args.texts]
     chosen = [piece for turn in zip(*texts, strict=False) for piece in turn]
     args.out.write_text("\n\n".join(chosen[: args.pieces * len(texts)]), encoding="utf-8")
 

@@ -208,7 +208,8 @@ def write(
     """Let a model write text to calibrate it on, see `llmq.writing`.
 
     Args:
-        src: folder or Hub name of a causal language model; the whole of it must fit into memory.
+        src: folder or Hub name of a causal language model; the whole of it must fit into memory,
+            in float32 on CPUs that are slow with less.
         out: .jsonl file to create, one object with `text` per line.
         samples, seq_len: windows of text that `quantize` shall find in it, and their length
             (default: 512, or the model's context if that is shorter).
@@ -233,7 +234,7 @@ def write(
     length = window_length(open_config(name), seq_len, SEQ_LEN)
     with enough_memory():
         found = documents_of(
-            open_model(name, where),
+            widened(open_model(name, where)),
             tokenizer,
             tokens=(samples + 1) * length,  # one more judges what is made of the others
             length=length,
