@@ -27,6 +27,7 @@ BARS: tuple[tuple[str, tuple[str, ...], int | None, dict[float, float], float | 
 )
 CLOSED = {4: 0.75, 3: 0.75, 2: 0.90}  # share of the gap in log-perplexity from RTN to full
 KEYS = ("model", "calibration", "text", "bits", "group_size", "name")
+CLOSED_KEYS = ("model", "calibration", "bits", "group_size", "symmetric", "name")
 STYLES = {
     "llmq best": ("llmq best", "#12633f", "o"),
     "llmq balanced": ("llmq balanced", "#2e9e6b", "o"),
@@ -119,17 +120,32 @@ def _ratios(
 
 
 def _closed(rows: list[Row]) -> list[dict[str, Any]]:
-    """How much of the way from RTN's log-perplexity to the full model's is gone."""
-    found = []
-    for start in (row for row in rows if row["name"] == "llmq rtn"):
-        gap = math.log(start["perplexity"] / start["full_perplexity"])
-        for row in rows:
-            same = setting(row) == setting(start) and row["bits"] == start["bits"]
-            if same and row["name"] in ("llmq balanced", "llmq best"):
-                share = math.log(start["perplexity"] / row["perplexity"]) / gap
-                entry = {key: row[key] for key in KEYS}
-                found.append({**entry, "share": share, "limit": CLOSED.get(row["bits"])})
-    return found
+    """How much of the way from RTN's log-perplexity to the full model's is gone: geometric means.
+
+    RTN reads no text: one row of it is the start for every calibration.
+    """
+
+    def place(row: Row) -> tuple[Any, ...]:
+        keys = ("model", "text", "bits", "group_size", "symmetric", "windows", "seq_len")
+        return tuple(row[key] for key in keys)
+
+    starts = {place(row): row for row in rows if row["name"] == "llmq rtn"}
+    found: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in rows:
+        if row["name"] in ("llmq balanced", "llmq best") and place(row) in starts:
+            start = starts[place(row)]
+            gap = math.log(start["perplexity"] / start["full_perplexity"])
+            share = math.log(start["perplexity"] / row["perplexity"]) / gap
+            found.setdefault(tuple(row[key] for key in CLOSED_KEYS), {})[row["text"]] = share
+    return [
+        {
+            **dict(zip(CLOSED_KEYS, key, strict=True)),
+            "texts": texts,
+            "share": math.prod(max(share, 0) for share in texts.values()) ** (1 / len(texts)),
+            "limit": CLOSED.get(key[CLOSED_KEYS.index("bits")]),
+        }
+        for key, texts in found.items()
+    ]
 
 
 def _predictions(rows: list[Row]) -> list[dict[str, Any]]:
@@ -160,10 +176,11 @@ def show(found: dict[str, Any]) -> None:
             words += f", CPU x{row['cpu_seconds']:.2f}"
         print(f"{words}, {row['settings']} settings")
     for row in found["closed"]:
+        each = ", ".join(f"{share:.1%} on {text}" for text, share in row["texts"].items())
         print(
             f"{row['name']}, {row['model']} {row['bits']:g} bits g{row['group_size']}, "
-            f"{row['text']}, calibrated on {row['calibration']}: {row['share']:.0%} of the way "
-            f"from RTN (limit {row['limit']})"
+            f"calibrated on {row['calibration']}: {row['share']:.1%} of the way from RTN "
+            f"(limit {row['limit']}): {each}"
         )
     for row in found["predictions"]:
         print(

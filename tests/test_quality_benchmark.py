@@ -37,6 +37,8 @@ def row(name: str, text: str, kl: float, seconds: float, bits: float = 4, **more
         "kl_stderr": kl / 100,
         "perplexity": 10 + kl,
         "full_perplexity": 10.0,
+        "windows": 4,
+        "seq_len": 8,
         "top1": 0.9,
         "seconds": seconds,
         "cpu_seconds": 2 * seconds,
@@ -71,6 +73,24 @@ def test_ratios_are_taken_setting_by_setting():
     assert mixed["ratio"] == pytest.approx(1.2)
     [closed] = found["closed"]
     assert 0.89 < closed["share"] < 0.91
+    assert closed["texts"] == {"a": pytest.approx(closed["share"])}
+
+
+def test_rounding_is_the_start_for_every_calibration():
+    more = [
+        row("llmq rtn", "b", 1.0, 1),
+        row("llmq balanced", "a", 0.1, 10, calibration="d"),
+        row("llmq balanced", "b", 0.4, 10, calibration="d"),
+    ]
+    closed = module("quality_report.py").summary([*ROWS, *more])["closed"]
+    shares = {entry["calibration"]: entry for entry in closed}
+    assert set(shares["c"]["texts"]) == set(shares["d"]["texts"]) == {"a", "b"}
+    assert shares["d"]["share"] == pytest.approx(
+        (shares["d"]["texts"]["a"] * shares["d"]["texts"]["b"]) ** 0.5
+    )
+    worse = row("llmq balanced", "b", 1.4, 10, calibration="d")
+    closed = module("quality_report.py").summary([*ROWS, *more[:2], worse])["closed"]
+    assert {entry["calibration"]: entry["share"] for entry in closed}["d"] == 0
 
 
 def test_the_plot_is_the_same_every_time(tmp_path, monkeypatch):
