@@ -20,7 +20,7 @@ from torch import nn
 from llmq import hf, ranks
 from llmq.adapters import widened
 from llmq.calibrate import token_stream
-from llmq.errors import OutputError, SchemeError
+from llmq.errors import CalibrationError, OutputError, SchemeError
 from llmq.hf.saving import original_folder
 from llmq.hf.streaming import StoredModel
 from llmq.inputs import SEQ_LEN, read_calibration, window_length, windows_for
@@ -225,6 +225,8 @@ def write(
         LlmqError: see `llmq.errors`; there is no file then.
     """
     target = Path(out)
+    if samples < 1:
+        raise CalibrationError(f"samples={samples}: at least 1 window is needed.")
     if target.suffix != ".jsonl":
         raise OutputError(f"{out}: texts are written as .jsonl; give a name that ends so.")
     if target.exists():

@@ -13,7 +13,7 @@ import torch
 from conftest import QUICK
 from zoo import ARCHITECTURES, VOCAB, tiny_model, tiny_tokenizer
 
-from llmq import writing
+from llmq import api, writing
 from llmq.calibrate import token_stream
 from llmq.errors import CalibrationError, NonFiniteError
 from llmq.writing import ROWS, documents_of
@@ -119,6 +119,8 @@ def test_bad_places_to_write_to(run, model: Path, tmp_path) -> None:
         assert (status, stderr.count("\n")) == (1, 1)
         assert reason in stderr
     assert there.read_text() == "kept"
+    with pytest.raises(CalibrationError, match="at least 1 window"):
+        api.write(model, tmp_path / "own.jsonl", samples=0)
     status, _, stderr = run("write", model, tmp_path / "none" / "own.jsonl", "--samples", "1")
     assert status == 1
     assert "cannot be written" in stderr
