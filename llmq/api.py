@@ -7,7 +7,6 @@ those of `measure`; options have the same names and defaults.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -19,16 +18,14 @@ from torch import nn
 
 from llmq import hf, ranks
 from llmq.adapters import widened
-from llmq.calibrate import token_stream
-from llmq.errors import CalibrationError, OutputError, SchemeError
+from llmq.errors import SchemeError
 from llmq.hf.saving import original_folder
 from llmq.hf.streaming import StoredModel
-from llmq.inputs import SEQ_LEN, read_calibration, window_length, windows_for
+from llmq.inputs import read_calibration, windows_for
 from llmq.journal import Workplace, workplace
 from llmq.ladder import chosen, in_scheme, with_plain_rows, with_tuning
 from llmq.mixing import allocated, average_for_size, common_format, is_mixed, parse_size
 from llmq.origin import command, origin, public_name
-from llmq.output import enough_memory, write_whole
 from llmq.pipeline import Run, begin, outcome, preflight, publish, solve
 from llmq.sensitivity import WIDTHS
 from llmq.source import (
@@ -40,9 +37,8 @@ from llmq.source import (
     pick_device,
     source_headers,
 )
-from llmq.survey import plan, sensitivity
+from llmq.survey import plan, sensitivity, write
 from llmq.text import Source
-from llmq.writing import documents_of
 
 __all__ = ["correct", "load", "plan", "quantize", "sensitivity", "write"]
 
@@ -192,61 +188,6 @@ def quantize(
         }
         publish(work, report, solved.digests)
     return ranks.of_the_first(report)
-
-
-def write(
-    src: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    *,
-    samples: int = 128,
-    seq_len: int | None = None,
-    temperature: float = 1.0,
-    seed: int = 0,
-    device: str = "auto",
-    progress: bool = False,
-) -> dict[str, Any]:
-    """Let a model write text to calibrate it on, see `llmq.writing`.
-
-    Args:
-        src: folder or Hub name of a causal language model; the whole of it must fit into memory,
-            in float32 on CPUs that are slow with less.
-        out: .jsonl file to create, one object with `text` per line.
-        samples, seq_len: windows of text that `quantize` shall find in it, and their length
-            (default: 512, or the model's context if that is shorter).
-        temperature: 1 = the model's own distribution; less is more of the same.
-        seed: of the draws. The same seed gives the same text on the same machine.
-        device: "auto" = the GPU if there is one.
-        progress: show a progress bar on a terminal.
-
-    Returns:
-        documents, tokens.
-
-    Raises:
-        LlmqError: see `llmq.errors`; there is no file then.
-    """
-    target = Path(out)
-    if samples < 1:
-        raise CalibrationError(f"samples={samples}: at least 1 window is needed.")
-    if target.suffix != ".jsonl":
-        raise OutputError(f"{out}: texts are written as .jsonl; give a name that ends so.")
-    if target.exists():
-        raise OutputError(f"{out}: a file with this name exists. Choose another name.")
-    name, where = check_path(src), pick_device(device)
-    tokenizer = open_tokenizer(name)
-    length = window_length(open_config(name), seq_len, SEQ_LEN)
-    with enough_memory():
-        found = documents_of(
-            widened(open_model(name, where)),
-            tokenizer,
-            tokens=(samples + 1) * length,  # one more judges what is made of the others
-            length=length,
-            temperature=temperature,
-            seed=seed,
-            show=progress,
-        )
-    lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in found]
-    write_whole(out, "".join(lines))
-    return {"documents": len(found), "tokens": len(token_stream(found, tokenizer)[0])}
 
 
 def correct(

@@ -242,40 +242,6 @@ def generate(
     )
 
 
-def write(
-    src: Original,
-    out: Annotated[Path, typer.Argument(help="File to create, .jsonl.")],
-    samples: Annotated[int, typer.Option(min=1, help="Windows of text to write.")] = 128,
-    seq_len: SeqLen = None,
-    temperature: Annotated[
-        float, typer.Option(help="1 = the model's own distribution; less: more of the same.")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
-    device: Device = "auto",
-    as_json: AsJson = False,
-) -> None:
-    console = start(as_json)
-    from llmq import api
-
-    found = api.write(
-        src,
-        out,
-        samples=samples,
-        seq_len=seq_len,
-        temperature=temperature,
-        seed=seed,
-        device=device,
-        progress=True,
-    )
-    console.print(
-        f"{out}: {found['documents']} documents, {found['tokens']} tokens.\n"
-        f"Next: llmq quantize {src} OUT --calibration {out}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    finish(found, as_json)
-
-
 def demo(
     out: Annotated[
         Path | None, typer.Option(help="Keep the checkpoints here. (default: a temporary folder)")
@@ -308,7 +274,7 @@ for _command, _help in (
     (cli_plan.plan, cli_help.PLAN),
     (cli_plan.sensitivity, cli_help.SENSITIVITY),
     (cli_measure.evaluate, cli_help.EVAL),
-    (write, cli_help.WRITE),
+    (cli_plan.write, cli_help.WRITE),
     (generate, cli_help.GENERATE),
     (cli_measure.inspect, cli_help.INSPECT),
     (cli_measure.bench, cli_help.BENCH),

@@ -105,9 +105,9 @@ CORRECT = (
 WRITE = (
     "Let a model write text to calibrate it on.\n\n"
     "It starts from nothing and draws from its own distribution: text of every kind it was trained "
-    "on, where there is none like that which it will see. Beside text of your own, it makes "
-    "calibration broader. The whole model must fit into memory (in float32 on CPUs that are slow "
-    "with less), and every token takes one step of decoding, 32 documents at a time.\n\n"
+    "on, where there is none like that which it will see. The whole model must fit into "
+    "memory (in float32 on CPUs that are slow with less), and every "
+    "token takes one step of decoding, 32 documents at a time.\n\n"
     "[bold]Example[/bold]\n\n"
     "llmq write ./model own.jsonl\n\n"
     "llmq quantize ./model ./model-3bit --bits 3 --calibration own.jsonl --calibration c4.txt"

@@ -1,4 +1,4 @@
-"""What is asked before quantizing: `llmq plan`, `llmq sensitivity`."""
+"""Before quantizing: `llmq plan`, `llmq sensitivity`, `llmq write`."""
 
 from __future__ import annotations
 
@@ -179,3 +179,37 @@ def sensitivity(
     given = {name: vars(scheme) for name, scheme in schemes.items()}
     entries = [{**asdict(unit), **given[unit.names[0]]} for unit in units]
     finish({"bits": bits, "predicted_kl": kl, "layers": entries}, as_json)
+
+
+def write(
+    src: Original,
+    out: Annotated[Path, typer.Argument(help="File to create, .jsonl.")],
+    samples: Annotated[int, typer.Option(min=1, help="Windows of text to write.")] = 128,
+    seq_len: SeqLen = None,
+    temperature: Annotated[
+        float, typer.Option(help="1 = the model's own distribution; less: more of the same.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    console = start(as_json)
+    from llmq import api
+
+    found = api.write(
+        src,
+        out,
+        samples=samples,
+        seq_len=seq_len,
+        temperature=temperature,
+        seed=seed,
+        device=device,
+        progress=True,
+    )
+    console.print(
+        f"{out}: {found['documents']} documents, {found['tokens']} tokens.\n"
+        f"Next: llmq quantize {src} OUT --calibration {out}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    finish(found, as_json)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmq.errors import SourceError
-from llmq.output import write_whole
+from llmq.output import staged_file, writing
 from llmq.page import compare_page
 from llmq.report import read_report
 from llmq.stored import bits_per_weight, inspect_checkpoint
@@ -48,7 +48,8 @@ def write(out: Path, entries: Sequence[dict[str, Any]], protocol: str) -> None:
     Raises:
         OutputError: `out` cannot be written.
     """
-    write_whole(out, compare_page(entries, protocol))
+    with staged_file(out) as stage, writing(out):
+        stage.write_text(compare_page(entries, protocol), encoding="utf-8")
 
 
 def _divergences(folder: Path) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""An output folder that is there as a whole or not at all."""
+"""An output folder or file that is there as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -58,17 +58,22 @@ def writing(out: str | os.PathLike[str]) -> Iterator[None]:
         ) from error
 
 
-def write_whole(out: str | os.PathLike[str], text: str) -> None:
-    """Write a file, which takes the place of an older one when all of it is there.
+@contextmanager
+def staged_file(out: str | os.PathLike[str]) -> Iterator[Path]:
+    """A hidden file to fill, which becomes `out` if the `with` ends without an exception.
+
+    After any exception, Ctrl-C included, nothing is left of it, and an older `out` is as it was.
 
     Raises:
-        OutputError: it cannot be written; an older one is as it was.
+        OutputError: nothing can be written there; known before the `with` begins.
     """
     target = Path(out).expanduser().resolve()
     stage = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    with writing(out):
+        stage.touch()
     try:
+        yield stage
         with writing(out):
-            stage.write_text(text, encoding="utf-8")
             stage.replace(target)
     finally:
         stage.unlink(missing_ok=True)

@@ -1,22 +1,38 @@
-"""What is asked before a model is quantized: `plan` a run, `sensitivity` of its layers."""
+"""Before a model is quantized: `plan` a run, `sensitivity` of its layers, `write` text for it."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from llmq import plan as planning
+from llmq.adapters import widened
+from llmq.calibrate import token_stream
+from llmq.errors import CalibrationError, OutputError
 from llmq.hf.outline import outline
 from llmq.inputs import SEQ_LEN, read_calibration, window_length, windows_for
 from llmq.ladder import DEFAULT, QUALITIES, chosen, in_scheme, with_plain_rows, with_tuning
 from llmq.mixing import common_format, is_mixed, scan
 from llmq.outlook import job
+from llmq.output import enough_memory, staged_file, writing
 from llmq.plan import Plan, Problem
 from llmq.scheme import QuantScheme
 from llmq.sensitivity import Sensitivity
-from llmq.source import open_original, open_tokenizer, pick_device, source_headers
+from llmq.source import (
+    check_path,
+    open_config,
+    open_model,
+    open_original,
+    open_tokenizer,
+    pick_device,
+    source_headers,
+)
 from llmq.text import Source
+from llmq.writing import documents_of
 
 
 def plan(
@@ -134,3 +150,59 @@ def sensitivity(
         bos=bos,
     )
     return scan(name, text.windows, recipe, pick_device(device), seed)
+
+
+def write(
+    src: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    samples: int = 128,
+    seq_len: int | None = None,
+    temperature: float = 1.0,
+    seed: int = 0,
+    device: str = "auto",
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Let a model write text to calibrate it on, see `llmq.writing`.
+
+    Args:
+        src: folder or Hub name of a causal language model; the whole of it must fit into memory,
+            in float32 on CPUs that are slow with less.
+        out: .jsonl file to create, one object with `text` per line.
+        samples, seq_len: windows of text that `quantize` shall find in it, and their length
+            (default: 512, or the model's context if that is shorter).
+        temperature: 1 = the model's own distribution; less is more of the same.
+        seed: of the draws. The same seed gives the same text on the same machine.
+        device: "auto" = the GPU if there is one.
+        progress: show a progress bar on a terminal.
+
+    Returns:
+        documents, tokens.
+
+    Raises:
+        LlmqError: see `llmq.errors`; there is no file then.
+    """
+    target = Path(out).expanduser()
+    if samples < 1:
+        raise CalibrationError(f"samples={samples}: at least 1 window is needed.")
+    if target.suffix != ".jsonl":
+        raise OutputError(f"{out}: texts are written as .jsonl; give a name that ends so.")
+    if target.exists():
+        raise OutputError(f"{out}: a file with this name exists. Choose another name.")
+    name, where = check_path(src), pick_device(device)
+    tokenizer = open_tokenizer(name)
+    length = window_length(open_config(name), seq_len, SEQ_LEN)
+    with staged_file(out) as stage, enough_memory():
+        found = documents_of(
+            widened(open_model(name, where)),
+            tokenizer,
+            tokens=(samples + 1) * length,  # one more judges what is made of the others
+            length=length,
+            temperature=temperature,
+            seed=seed,
+            show=progress,
+        )
+        lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in found]
+        with writing(out):
+            stage.write_text("".join(lines), encoding="utf-8")
+    return {"documents": len(found), "tokens": len(token_stream(found, tokenizer)[0])}
